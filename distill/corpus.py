@@ -1,0 +1,327 @@
+"""The corpus: documents become tokens, tokens become blocks.
+
+A split is one long stream of tokens in which a separator S starts each document and ends the last:
+
+    S the cat sat S a dog barked ... S
+
+The LSTM reads the stream in blocks of T tokens, lane by lane, and carries its state from a lane's block to
+the next (truncated backpropagation through time, as in Zaremba et al. 2014, arXiv 1409.2329). The teacher,
+which has no state to carry, reads the C tokens before a block along with it.
+
+A hash of a document's text alone decides its side, train, validation or test: copies of a text never lie on
+two sides, and a corpus that grows keeps its division. The tokens are stored under a fingerprint of all that
+they depend on and memory-mapped when read; making them takes the memory of one batch of documents.
+
+Shapes: N tokens of a stream or document, n documents, B blocks of a batch, T tokens of a block, C tokens of
+context, W = C + T. Try it on a file of yours:
+
+    from transformers import AutoTokenizer
+    corpus = load_corpus(CorpusConfig(source="notes.txt"), AutoTokenizer.from_pretrained("gpt2"))
+    batch = Blocks(corpus.train, 128, 64, reset_at_documents=True).batch(np.arange(4))
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from distill.arrays import GrowingArray
+from distill.config import CorpusConfig, UserError
+from distill.documents import Source, open_documents
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of the stored files and what they mean; a new number makes every corpus be built anew
+SIDES = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """The documents of one side; `len(split)` is their number."""
+
+    tokens: np.ndarray  # (N,) memory-mapped stream: S d1 S d2 ... S dn S
+    starts: np.ndarray  # (n+1,) int64: position of each document's separator, and of the closing one
+    utf8_bytes: np.ndarray  # (n,) int64: bytes of each document's text
+    words: np.ndarray  # (n,) int64: whitespace-separated words of each document's text
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of one document with the separator that starts it, without the one that starts the next."""
+        return self.tokens[self.starts[index] : self.starts[index + 1]]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A tokenised text, divided into three."""
+
+    train: Split
+    validation: Split
+    test: Split
+    separator_id: int
+    fingerprint: str  # hex; changes with text, tokenizer, separator, division and format
+    folder: Path
+
+
+def load_corpus(
+    config: CorpusConfig, tokenizer: Any, tokenizer_hash: str | None = None, *, progress: bool = True
+) -> Corpus:
+    """Read, divide and tokenise a recipe's text, or find all that done in the cache.
+
+    Processes that do this at once do not disturb each other: the first to finish stores its files, the
+    others take them. `tokenizer_hash` stands in for `hash_tokenizer(tokenizer)`.
+    Raises UserError for a text that cannot be found, read or stored, or is too short to train on.
+    """
+    separator = separator_id(tokenizer, config.separator)
+    source = open_documents(config, progress=progress)
+    of_config = {"text_field", "documents", "max_documents", "validation_fraction", "test_fraction"}
+    ingredients = {
+        "format": FORMAT,
+        "text": source.digest,
+        "tokenizer": tokenizer_hash or hash_tokenizer(tokenizer),
+        "separator_id": separator,
+        **config.model_dump(include=of_config),
+    }
+    fingerprint = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:32]
+    folder = cache_root(config.cache_dir) / "corpus" / fingerprint
+    if (corpus := _read(folder)) is None:
+        partial = folder.with_name(f"{fingerprint}.{uuid.uuid4().hex}.partial")
+        try:
+            partial.mkdir(parents=True)
+            counts = _build(partial, config, source, tokenizer, separator, progress)
+            report = {
+                "source": config.source,
+                "fingerprint": fingerprint,
+                "ingredients": ingredients,
+            } | counts
+            (partial / "corpus.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+            _install(partial, folder)
+        except OSError as error:
+            raise UserError(
+                f"corpus.cache_dir: the tokenised text cannot be stored in {folder.parent} ({error}); "
+                "make room there, or choose another place"
+            ) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        corpus = _read(folder)
+        assert corpus is not None, "a corpus just stored cannot be read"
+    _check_usable(corpus, config)
+    return corpus
+
+
+def cache_root(configured: Path | None = None) -> Path:
+    """Folder for what can be made again: as configured, else $POTSTILL_CACHE, else in the user's cache."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "potstill"
+    return Path(configured or os.environ.get("POTSTILL_CACHE") or default).expanduser()
+
+
+def hash_tokenizer(tokenizer: Any) -> str:
+    """sha256 of what decides the tokens of a text."""
+    if tokenizer.is_fast:
+        state = json.loads(tokenizer.backend_tokenizer.to_str())
+        del state["truncation"], state["padding"]  # left over from its last call, whatever that was
+    else:
+        state = [type(tokenizer).__name__, tokenizer.get_vocab()]
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def separator_id(tokenizer: Any, separator: str | None = None) -> int:
+    """The one token that `separator` is; by default the tokenizer's end token, else its start token."""
+    token = separator or tokenizer.eos_token or tokenizer.bos_token
+    if token is None:
+        raise UserError("corpus.separator: expected a token, as the tokenizer has no end or start token")
+    known = tokenizer.get_vocab().get(token)
+    ids = tokenizer.encode(token, add_special_tokens=False) if known is None else [known]
+    if len(ids) != 1 or (ids[0] == tokenizer.unk_token_id and token != tokenizer.unk_token):
+        pieces = " ".join(tokenizer.convert_ids_to_tokens(ids)) or "no tokens"
+        special = " ".join(tokenizer.all_special_tokens) or "none"
+        found = f"found {token!r}, which becomes {pieces}"
+        raise UserError(f"corpus.separator: expected a single token, {found}; special tokens: {special}")
+    return int(ids[0])
+
+
+def side_of(text: str, config: CorpusConfig) -> str:
+    """The side of a document: a hash of its text, read as a number in [0, 1), against the two fractions."""
+    number = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
+    if number < config.test_fraction:
+        return "test"
+    return "validation" if number < config.test_fraction + config.validation_fraction else "train"
+
+
+def _build(
+    folder: Path, config: CorpusConfig, source: Source, tokenizer: Any, separator: int, progress: bool
+) -> dict[str, Any]:
+    """Write the arrays of all sides; returns what `corpus.json` says about them.
+
+    A special token that is spelled out in a text becomes ordinary tokens. A separator that comes out of the
+    tokenizer nevertheless (an ordinary token such as a newline was chosen) is dropped: separators always are
+    boundaries of documents.
+    """
+    dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32
+    tokens = {side: GrowingArray(folder / f"{side}.npy", dtype) for side in SIDES}
+    measures = {side: GrowingArray(folder / f"{side}.documents.npy", np.int64, 3) for side in SIDES}
+    dropped = 0
+    for texts in source.batches(progress=progress):
+        encoded = tokenizer(  # verbose would warn of texts longer than the teacher's context
+            texts,
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        for text, ids in zip(texts, encoded["input_ids"], strict=True):
+            side = side_of(text, config)
+            kept_N = np.array([separator, *(token for token in ids if token != separator)])
+            dropped += 1 + len(ids) - len(kept_N)
+            tokens[side].append(kept_N)
+            measures[side].append(np.array([[len(kept_N), len(text.encode()), len(text.split())]]))
+    for side in SIDES:
+        tokens[side].append(np.array([separator]))
+        tokens[side].close()
+        measures[side].close()
+    splits = {side: {"documents": measures[side].length, "tokens": tokens[side].length} for side in SIDES}
+    if source.found == 0:
+        raise UserError(f"corpus.source: {config.source}: no text, only {source.skipped} blank documents")
+    if dropped:
+        logger.warning("corpus.separator: %d of these tokens inside documents were dropped", dropped)
+    logger.info("%s: %d documents, %d blank ones skipped", config.source, source.found, source.skipped)
+    return {"splits": splits, "skipped": source.skipped, "separators_dropped": dropped}
+
+
+def _install(partial: Path, folder: Path) -> None:
+    """Move a finished corpus into place, unless another process was faster."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if _read(folder) is None:  # a damaged one is in the way
+            aside = partial.with_suffix(".damaged")
+            folder.rename(aside)
+            partial.rename(folder)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _read(folder: Path) -> Corpus | None:
+    """The corpus stored in a folder; None where there is none or it is damaged."""
+    if not folder.exists():
+        return None
+    try:
+        report = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        splits = {side: _read_split(folder, side, report["splits"][side]) for side in SIDES}
+        separator = int(report["ingredients"]["separator_id"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+        logger.warning("%s is damaged and will be built again: %s", folder, error)
+        return None
+    return Corpus(**splits, separator_id=separator, fingerprint=folder.name, folder=folder)
+
+
+def _read_split(folder: Path, side: str, counts: dict[str, int]) -> Split:
+    tokens_N = np.load(folder / f"{side}.npy", mmap_mode="r", allow_pickle=False)
+    measures_n3 = np.load(folder / f"{side}.documents.npy", allow_pickle=False)
+    starts = np.concatenate(([0], np.cumsum(measures_n3[:, 0])))
+    found = {"documents": len(measures_n3), "tokens": len(tokens_N)}
+    surplus = (folder / f"{side}.npy").stat().st_size - tokens_N.offset - tokens_N.nbytes
+    if found != counts or starts[-1] != len(tokens_N) - 1 or surplus:
+        raise ValueError(f"{side}: expected {counts}, found {found} and {surplus} more bytes")
+    return Split(tokens_N, starts, utf8_bytes=measures_n3[:, 1], words=measures_n3[:, 2])
+
+
+def _check_usable(corpus: Corpus, config: CorpusConfig) -> None:
+    found, needed = len(corpus.train.tokens), config.block_length + 1  # every input has a label after it
+    if found < needed:
+        raise UserError(
+            f"corpus.block_length: expected at least {needed} tokens to train on, found {found}; "
+            "add text or shorten the block"
+        )
+    if len(corpus.validation) == 0:
+        total = sum(len(split) for split in (corpus.train, corpus.validation, corpus.test))
+        raise UserError(
+            f"corpus.validation_fraction: expected some documents for validation, found 0 of {total} at "
+            f"{config.validation_fraction}; choose a larger fraction or add documents"
+        )
+
+
+@dataclass(frozen=True)
+class BlockBatch:
+    """Blocks for student and teacher: torch tensors, int64, `reset` bool."""
+
+    block_ids_B: torch.Tensor
+    inputs_BT: torch.Tensor
+    labels_BT: torch.Tensor
+    reset_BT: torch.Tensor  # a document starts at this input, and resets are on
+    window_BW: torch.Tensor  # what the teacher reads: the C tokens before the block, then the inputs
+    positions_BW: torch.Tensor  # the teacher's position ids
+
+
+class Blocks:
+    """Training blocks over a split's stream.
+
+    Block k holds the inputs `tokens[k*T : (k+1)*T]` and the labels `tokens[k*T+1 : (k+1)*T+1]`: labels are
+    shifted here and nowhere else.
+
+    The teacher's positions restart at 0 with each document; one that began before the window starts at 0
+    with the window's first token. Given `position_ids`, `use_cache=False` and no `attention_mask`,
+    transformers cuts attention wherever positions do not go up by one. With a cache or a mask of ones it
+    attends across documents without a word, as do its flash-attention kernels for more than one row.
+
+    Windows that reach beyond the stream's first token are filled up with separators, a document of their
+    own. Without resets that is the only place where positions restart.
+    """
+
+    def __init__(self, split: Split, block_length: int, context: int, reset_at_documents: bool) -> None:
+        self.tokens, self.block_length, self.context = split.tokens, block_length, context
+        self.reset_at_documents = reset_at_documents
+        self.starts = split.starts if reset_at_documents else np.zeros(1, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 1) // self.block_length
+
+    def batch(self, block_ids: np.ndarray) -> BlockBatch:
+        """The blocks with these numbers, in this order."""
+        block_ids_B = np.array(block_ids, dtype=np.int64)
+        assert block_ids_B.min() >= 0 and block_ids_B.max() < len(self), "no such block"
+        # X = W + 1: positions in the stream of the window's tokens and of the last label.
+        at_BX = block_ids_B[:, None] * self.block_length + np.arange(-self.context, self.block_length + 1)
+        inside_BX = np.maximum(at_BX, 0)  # token 0, a separator, fills up
+        tokens_BX = torch.from_numpy(self.tokens[inside_BX].astype(np.int64))
+        began_BX = self.starts[np.searchsorted(self.starts, inside_BX, side="right") - 1]
+        first_B1 = at_BX[:, :1]
+        positions_BX = at_BX - np.where(at_BX < 0, first_B1, np.maximum(began_BX, first_B1))
+        reset_BX = (began_BX == at_BX) & self.reset_at_documents
+        return BlockBatch(
+            block_ids_B=torch.from_numpy(block_ids_B),
+            inputs_BT=tokens_BX[:, self.context : -1],
+            labels_BT=tokens_BX[:, self.context + 1 :],
+            reset_BT=torch.from_numpy(reset_BX[:, self.context : -1]),
+            window_BW=tokens_BX[:, :-1],
+            positions_BW=torch.from_numpy(positions_BX[:, :-1]),
+        )
+
+
+def lane_order(num_blocks: int, lanes: int, epoch: int, seed: int) -> np.ndarray:
+    """Block numbers of one epoch, (steps, lanes): each lane walks blocks that follow each other.
+
+    Lane l is at block `rotation + l * steps + t`, modulo `num_blocks`, in step t; the rotation is drawn anew
+    for each epoch. No block comes twice; at most `lanes - 1` are left out, others in each epoch.
+
+    States have to be zeroed where an epoch begins. Where a lane walks over the stream's end to its start,
+    block 0 begins with a document, so that a reset falls there; without resets, one seam an epoch remains.
+    """
+    if num_blocks < lanes:
+        raise UserError(
+            f"run.batch_size: expected at least {lanes} blocks, one a lane, found {num_blocks}; "
+            "lower run.batch_size or corpus.block_length, or add text"
+        )
+    steps = num_blocks // lanes
+    rotation = np.random.default_rng([seed, epoch]).integers(num_blocks)
+    return (rotation + np.arange(lanes) * steps + np.arange(steps)[:, None]) % num_blocks

@@ -1,0 +1,230 @@
+"""Documents: what a recipe's `corpus.source` names, one text after the other.
+
+    notes.txt            lines, paragraphs or the whole file (`corpus.documents`)
+    notes.jsonl          one record a line, the text in `corpus.text_field`
+    notes.json           a list of records, or a mapping from titles to records
+    notes.parquet        one record a row
+    notes/               all such files below a folder, in the order of their paths
+    package:D/PATH       such a file or folder inside the installed distribution D
+    user/name            a data set on the hub
+
+Local files are read by hand rather than through `datasets`: its JSON reader refuses records whose fields
+vary, takes a `[` in a file's name for a pattern, and leaves a second copy of the text in a cache of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+from distill.config import CorpusConfig, UserError
+from distill.packaged import PREFIX, resolve_package
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 1000, 4_000_000  # tokenised at once, whichever is reached first
+
+Raw = Iterator[tuple[object, float]]
+"""(value of a text field, share of the source read so far, 0 where unknown)"""
+
+
+@dataclass
+class Source:
+    """Iterate over it, once, for the texts: strings with more than white space, at most `max_documents`."""
+
+    digest: str  # changes with the content
+    raw: Raw
+    max_documents: int | None
+    found: int = 0  # texts so far
+    skipped: int = 0  # documents so far without text: blank, null, no string
+    share: float = 0.0  # of the whole, done so far
+
+    def __iter__(self) -> Iterator[str]:
+        for value, share in self.raw:
+            if not isinstance(value, str) or not value.strip():
+                self.skipped += 1
+                continue
+            self.found += 1
+            self.share = max(share, self.found / self.max_documents) if self.max_documents else share
+            # JSON can spell lone surrogates, which are no text: "?" takes their place.
+            yield value.encode("utf-8", "replace").decode("utf-8")
+            if self.found == self.max_documents:
+                break
+
+    def batches(self, *, progress: bool = True) -> Iterator[list[str]]:
+        """The texts in lists, bounded in number and in length, under a progress bar."""
+        speed = TextColumn("{task.fields[found]:,} documents, {task.fields[speed]:,.0f}/s")
+        columns = (*Progress.get_default_columns(), speed)
+        batch: list[str] = []
+        characters = 0
+        with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+            task = bar.add_task("tokenising", total=1.0, found=0, speed=0.0)
+            for text in self:
+                batch.append(text)
+                characters += len(text)
+                if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+                    yield batch
+                    batch, characters = [], 0
+                    per_second = self.found / max(bar.tasks[task].elapsed or 0.0, 1e-3)
+                    bar.update(task, completed=self.share, found=self.found, speed=per_second)
+            if batch:
+                yield batch
+            bar.update(task, completed=1.0, found=self.found)
+
+
+def open_documents(config: CorpusConfig, *, progress: bool = True) -> Source:
+    """Find what `corpus.source` names. Texts of local files are read only as they are asked for.
+
+    Raises UserError where the source does not exist or cannot be read, here or during the iteration.
+    """
+    is_package = config.source.startswith(PREFIX)
+    path = resolve_package(config.source) if is_package else Path(config.source).expanduser()
+    looks_local = path.is_absolute() or path.suffix in SUFFIXES or len(path.parts) > 2
+    if path.exists():
+        files = _files(path)
+        digest, raw = _digest(files), _local_documents(files, config)
+    elif looks_local or config.source.startswith((".", "~")):
+        raise UserError(f"corpus.source: {config.source}: no such file or folder (working in {Path.cwd()})")
+    else:
+        digest, raw = _hub_documents(config, progress)
+    return Source(digest, raw, config.max_documents)
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or the files of known formats below a folder, hidden ones left out."""
+    below = {file: file.relative_to(path).parts for file in path.rglob("*")} if path.is_dir() else {path: ()}
+    files = [file for file, parts in sorted(below.items()) if not any(part.startswith(".") for part in parts)]
+    files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]
+    if not files:
+        raise UserError(f"corpus.source: {path}: expected text in {', '.join(SUFFIXES)}, found no such file")
+    return files
+
+
+def _digest(files: list[Path]) -> str:
+    """Of contents and formats, not of names: a text that was moved is the same text."""
+    parts = []
+    for file in files:
+        try:
+            with file.open("rb") as stream:
+                parts.append((file.suffix, hashlib.file_digest(stream, "sha256").hexdigest()))
+        except OSError as error:
+            raise UserError(f"corpus.source: {file}: cannot be read: {error}") from error
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _local_documents(files: list[Path], config: CorpusConfig) -> Raw:
+    sizes = [max(file.stat().st_size, 1) for file in files]
+    for file, size, end in zip(files, sizes, itertools.accumulate(sizes), strict=True):
+        try:
+            for text, share in _file_documents(file, config):
+                yield text, (end - size + share * size) / sum(sizes)
+        except (OSError, ValueError) as error:  # wrong UTF-8, wrong JSON and wrong Parquet are ValueErrors
+            raise UserError(f"corpus.source: {file}: cannot be read as {file.suffix}: {error}") from error
+
+
+def _file_documents(file: Path, config: CorpusConfig) -> Raw:
+    """As `Raw`, the share being that of this file."""
+    if file.suffix == ".json":
+        records = json.loads(file.read_text(encoding="utf-8-sig"))
+        records = list(records.values()) if isinstance(records, dict) else records
+        if not isinstance(records, list):
+            found = type(records).__name__
+            raise UserError(f"corpus.source: {file}: expected a list or mapping of records, found {found}")
+        for done, text in enumerate(_column(records, config.text_field, file), start=1):
+            yield text, done / len(records)
+    elif file.suffix == ".parquet":
+        import pyarrow.parquet  # slow to import; comes with `datasets`
+
+        with pyarrow.parquet.ParquetFile(file) as table:
+            _require(config.text_field, table.schema_arrow.names, file)
+            batches = table.iter_batches(batch_size=1000, columns=[config.text_field])
+            rows = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+            for done, text in enumerate(rows, start=1):
+                yield text, done / table.metadata.num_rows
+    else:
+        size = max(file.stat().st_size, 1)
+        with file.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as lines:
+            for text in _texts(lines, config, file):
+                yield text, raw.tell() / size
+
+
+def _texts(lines: io.TextIOWrapper, config: CorpusConfig, file: Path) -> Iterator[object]:
+    """Documents of a `.txt` or `.jsonl` file."""
+    if file.suffix == ".jsonl":
+        yield from _column((json.loads(line) for line in lines if line.strip()), config.text_field, file)
+    elif config.documents == "file":
+        yield lines.read()
+    elif config.documents == "line":
+        yield from (line.rstrip("\n") for line in lines)
+    else:
+        for blank, paragraph in itertools.groupby(lines, key=str.isspace):
+            if not blank:
+                yield "".join(paragraph).rstrip("\n")
+
+
+def _hub_documents(config: CorpusConfig, progress: bool) -> tuple[str, Raw]:
+    import datasets  # slow to import
+    import huggingface_hub
+
+    silence = not progress and not datasets.are_progress_bars_disabled()
+    if silence:
+        datasets.disable_progress_bars()
+    try:
+        rows: Any = datasets.load_dataset(
+            config.source,
+            config.name,
+            split=config.split,
+            revision=config.revision,
+            streaming=config.streaming,
+        )
+        if config.streaming:  # a stream has no fingerprint of its own: take the commit that it is read from
+            commit = huggingface_hub.HfApi().dataset_info(config.source, revision=config.revision).sha
+            digest = json.dumps([config.source, config.name, config.split, commit])
+        else:
+            digest = rows._fingerprint
+    except (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"corpus.source: {config.source}: no such file, and no data set that could be loaded: {reason}"
+        ) from error
+    finally:
+        if silence:
+            datasets.enable_progress_bars()
+    total = None if config.streaming else len(rows)
+    if config.text_field in (rows.column_names or ()):
+        rows = rows.select_columns([config.text_field])  # the others may be images, costly to decode
+
+    def documents() -> Raw:
+        try:
+            for done, text in enumerate(_column(rows, config.text_field, config.source), start=1):
+                yield text, done / total if total else 0.0
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"corpus.source: {config.source}: reading failed: {error}") from error
+
+    return digest, documents()
+
+
+def _column(records: Iterable[Any], field: str, where: object) -> Iterator[object]:
+    """One field of each record. The first record must have it; None where a later one has not."""
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise UserError(
+                f"corpus.source: {where}: expected records with named fields, found {record!r:.30}"
+            )
+        if number == 1:
+            _require(field, list(record), where)
+        yield record.get(field)
+
+
+def _require(field: str, columns: list[str], where: object) -> None:
+    if field not in columns:
+        found = ", ".join(columns) or "none"
+        raise UserError(f"corpus.text_field: {where}: expected a field {field!r}, found {found}")

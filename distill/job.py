@@ -1,0 +1,328 @@
+"""One run from left to right: teacher, text, student, its control, evaluation, result, publishing.
+
+Every part can be stopped and taken up again by the same command: the tokenised text and a converted
+teacher lie in the cache, both trainings have checkpoints, and a run that is complete is only shown.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from contextlib import contextmanager
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from distill.checkpoint import write_atomically, write_json
+from distill.config import Length, Recipe, StageConfig, UserError, dump_recipe
+from distill.corpus import Blocks, Corpus, Split, load_corpus
+from distill.metrics import Documents, Reference, Score, build_reference, score, score_reference
+from distill.result import compare, plot_curves, print_result, table_rows, versions
+from distill.samples import continuations, decode_speed
+from distill.student import LSTMForCausalLM
+from distill.teacher import LanguageModel, hardware_has_bf16, load_teacher, wrap
+from distill.tracking import Tracker
+from distill.train import Progress, Training, micro_batch_size
+from distill.transplant import build_student
+
+logger = logging.getLogger(__name__)
+
+# What may differ between a run folder and the recipe that goes on with it: nothing that the numbers depend on.
+FREE_FIELDS = {
+    "run": {"output_dir", "checkpoint_every", "keep_checkpoints", "threads", "micro_batch_size"},
+    "corpus": {"cache_dir"},
+    "evaluation": {"prompts", "new_tokens", "decode_seconds"},
+    "tracking": None,
+    "publishing": None,
+}
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Carry out a recipe; returns what stands in `result.json`."""
+    folder = recipe.folder
+    accelerator = _accelerator(recipe)
+    finished = folder / "result.json"
+    _claim_folder(recipe, accelerator)
+    if finished.is_file():
+        result = json.loads(finished.read_text(encoding="utf-8"))
+        if accelerator.is_main_process:
+            logger.info("%s is complete already; choose another run.name to run it anew", folder)
+            print_result(result, folder)
+        return result
+    tracker = Tracker(accelerator, recipe)
+    try:
+        result = _Job(recipe, accelerator, tracker).run()
+    finally:
+        tracker.finish()
+        _leave(accelerator)
+    return result
+
+
+class _Job:
+    def __init__(self, recipe: Recipe, accelerator: Accelerator, tracker: Tracker) -> None:
+        self.recipe, self.accelerator, self.tracker = recipe, accelerator, tracker
+        self.wall_seconds: dict[str, float] = {}
+
+    def run(self) -> dict[str, Any]:
+        recipe = self.recipe
+        with self._timed("teacher_loading"), self.accelerator.main_process_first():
+            teacher = load_teacher(recipe.teacher, self.accelerator.device)
+            teacher.check_window(
+                max(recipe.teacher.context + recipe.corpus.block_length, recipe.evaluation.window),
+                packed=recipe.corpus.reset_at_documents,
+            )
+        with self._timed("corpus"), self.accelerator.main_process_first():
+            corpus = load_corpus(recipe.corpus, teacher.tokenizer, progress=self.accelerator.is_main_process)
+        with self._timed("teacher_validation"):
+            validator = Validator(recipe, corpus, teacher, self.accelerator)
+        blocks = Blocks(
+            corpus.train, recipe.corpus.block_length, recipe.teacher.context, recipe.corpus.reset_at_documents
+        )
+        shared = {"recipe": recipe, "blocks": blocks, "validate": validator, "tracker": self.tracker}
+        kind = "hidden" if recipe.targets.signal == "auto" else recipe.targets.signal
+
+        with self._timed("student"):
+            network = build_student(
+                recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=recipe.student.transplant
+            )
+            training = Training(
+                "student", stages=recipe.stages, student=network, teacher=teacher, signal_kind=kind,
+                accelerator=self.accelerator, **shared,
+            )  # fmt: skip
+            progress = training.run()
+        curves = {"student": progress.points}
+        students = {"student": network}
+        if recipe.control.enabled:
+            with self._timed("control"):
+                network = build_student(
+                    recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=False
+                )
+                control = Training(
+                    "control", stages=(_control_stage(recipe, progress),), student=network, teacher=None,
+                    signal_kind=kind, accelerator=self.accelerator, validate_at_tokens=progress.now.tokens, **shared,
+                )  # fmt: skip
+                control_progress = control.run()
+            curves["control"] = control_progress.points
+            students["control"] = network
+
+        result: dict[str, Any] = {"name": recipe.run.name, "seed": recipe.run.seed, "versions": versions()}
+        with self._timed("evaluation"):
+            models = {"teacher": teacher}
+            scores = {"teacher": validator.teacher_score}
+            for name, network in students.items():
+                models[name] = wrap(network, teacher.tokenizer, name)
+                scores[name] = validator(network)
+            for name, model in models.items():
+                result[name] = {**scores[name].as_dict(), **self._size_and_speed(model, corpus.separator_id)}
+            result["teacher"]["model"] = recipe.teacher.model
+            result["samples"] = self._samples(models["student"], corpus.separator_id)
+        result["student"]["tokens_trained"] = progress.now.tokens
+        result["student"]["train_seconds"] = progress.now.seconds
+        result["student"]["teacher_seconds"] = progress.teacher_seconds
+        if recipe.control.enabled:
+            result["control"]["tokens_trained"] = control_progress.now.tokens
+            result["control"]["train_seconds"] = control_progress.now.seconds
+            result["control"]["match"] = recipe.control.match
+            result.update(compare(curves["student"], curves["control"]))
+        result["wall_seconds"] = self.wall_seconds
+        result["processes"] = self.accelerator.num_processes
+        result["corpus"] = {
+            "fingerprint": corpus.fingerprint,
+            "train_tokens": len(corpus.train.tokens),
+            "train_documents": len(corpus.train),
+            "validation_documents": len(validator.documents.tokens),
+        }
+        result["curves"] = curves
+        if self.accelerator.is_main_process:
+            self._write(result, students, teacher)
+        self.accelerator.wait_for_everyone()
+        return result
+
+    def _write(self, result: dict[str, Any], students: dict[str, LSTMForCausalLM], teacher: LanguageModel) -> None:
+        """Students as plain Hugging Face folders, curves, and last the result that marks the run as complete."""
+        folder = self.recipe.folder
+        for name, network in students.items():
+
+            def save(path: Path, network: LSTMForCausalLM = network) -> None:
+                network.save_pretrained(path)
+                teacher.tokenizer.save_pretrained(path)
+
+            write_atomically(folder / name, save)
+        picture = folder / "curves.png"
+        plot_curves(result, picture)
+        if self.recipe.publishing.repo:
+            from distill.hub import publish
+
+            publish(self.recipe, result)
+        self.tracker.log_samples(result["samples"])
+        write_json(folder / "result.json", result)
+        self.tracker.log_result(result, table_rows(result), picture, [folder / "result.json", folder / "recipe.yaml"])
+        print_result(result, folder)
+
+    def _size_and_speed(self, model: LanguageModel, separator_id: int) -> dict[str, float | int]:
+        return {
+            "parameters": model.parameters,
+            "weight_bytes": model.weight_bytes,
+            "decode_tokens_per_second": decode_speed(model, separator_id, self.recipe.evaluation.decode_seconds),
+        }
+
+    def _samples(self, model: LanguageModel, separator_id: int) -> list[dict[str, str]]:
+        evaluation = self.recipe.evaluation
+        return continuations(model, evaluation.prompts, separator_id, evaluation.new_tokens, self.recipe.run.seed)
+
+    @contextmanager
+    def _timed(self, part: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.wall_seconds[part] = time.perf_counter() - began
+
+
+class Validator:
+    """Scores a student on the validation documents, each process its share, against the teacher's stored states."""
+
+    def __init__(self, recipe: Recipe, corpus: Corpus, teacher: LanguageModel, accelerator: Accelerator) -> None:
+        self.evaluation, self.accelerator, self.tokenizer = recipe.evaluation, accelerator, teacher.tokenizer
+        self.documents = select_documents(corpus.validation, recipe.evaluation.max_tokens)
+        self.share = _every(self.documents, accelerator.process_index, accelerator.num_processes)
+        evaluation = recipe.evaluation
+        self.reference: Reference = build_reference(
+            teacher, self.share, window=evaluation.window, context=evaluation.context, batch_tokens=evaluation.batch_tokens
+        )
+        self.teacher_score = self._over_all(score_reference(self.reference, self.share))
+        uniform = torch.tensor(float(teacher.vocab_size)).log().item()
+        if self.teacher_score.nll_nats > uniform:
+            raise UserError(
+                f"teacher {teacher.name}: its validation loss is {self.teacher_score.nll_nats:.2f} nats a token, worse "
+                f"than a guess among {teacher.vocab_size} tokens ({uniform:.2f}); its tokenizer and its head do not match"
+            )
+
+    def __call__(self, student: LSTMForCausalLM) -> Score:
+        student.eval()
+        model = wrap(student, self.tokenizer, "student")
+        local = score(
+            model, self.share, window=None, batch_tokens=self.evaluation.batch_tokens, reference=self.reference
+        )
+        return self._over_all(local)
+
+    def _over_all(self, local: Score) -> Score:
+        """Sums over processes."""
+        if self.accelerator.num_processes == 1:
+            return local
+        sums = [local.nll_sum_nats, local.tokens, local.utf8_bytes, local.words]
+        sums += [local.kl_sum_nats or 0.0, local.top1_matches or 0]
+        total = self.accelerator.reduce(torch.tensor(sums, dtype=torch.float64, device=self.accelerator.device), "sum")
+        nll, tokens, utf8_bytes, words, kl, matches = total.tolist()
+        compared = local.kl_sum_nats is not None
+        return Score(
+            nll_sum_nats=nll,
+            tokens=int(tokens),
+            utf8_bytes=int(utf8_bytes),
+            words=int(words),
+            kl_sum_nats=kl if compared else None,
+            top1_matches=int(matches) if compared else None,
+        )
+
+
+def select_documents(split: Split, max_tokens: int | None) -> Documents:
+    """The first whole documents of a split that fit into `max_tokens` targets, at least one."""
+    chosen, total = [], 0
+    for number in range(len(split)):
+        size = len(split.document(number)) - 1
+        if chosen and max_tokens is not None and total + size > max_tokens:
+            break
+        chosen.append(number)
+        total += size
+    return Documents([split.document(n) for n in chosen], split.utf8_bytes[chosen], split.words[chosen])
+
+
+def _every(documents: Documents, first: int, step: int) -> Documents:
+    return Documents(documents.tokens[first::step], documents.utf8_bytes[first::step], documents.words[first::step])
+
+
+def _control_stage(recipe: Recipe, student: Progress) -> StageConfig:
+    """Cross-entropy alone, all parameters trained, for as long as the student took."""
+    control = recipe.control
+    if control.match == "tokens":
+        length = Length(tokens=student.now.tokens)
+    else:
+        length = Length(minutes=student.now.seconds / 60)
+    return StageConfig(
+        name="control",
+        objective={"cross_entropy": 1.0},
+        length=length,
+        learning_rate=control.learning_rate,
+        schedule=control.schedule,
+        warmup=control.warmup,
+        optimizer=control.optimizer,
+    )
+
+
+def _accelerator(recipe: Recipe) -> Accelerator:
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    torch.set_flush_denormal(True)  # saturated LSTM gates make denormals, which are slow on CPUs
+    log_with = "wandb" if recipe.tracking.tracker == "wandb" else None
+    precision = recipe.run.precision
+    if precision == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        precision = "bf16" if hardware_has_bf16(device) else "fp32"
+    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", log_with=log_with)
+    set_seed(recipe.run.seed)
+    level = logging.INFO if accelerator.is_main_process else logging.ERROR
+    logging.getLogger("distill").setLevel(level)
+    transformers.utils.logging.disable_progress_bar()  # it would draw one for every checkpoint; downloads keep theirs
+    micro_batch_size(recipe, accelerator.num_processes)
+    return accelerator
+
+
+def _claim_folder(recipe: Recipe, accelerator: Accelerator) -> None:
+    """Make the run folder and put the resolved recipe into it, or check that the one there is the same."""
+    folder, file = recipe.folder, recipe.folder / "recipe.yaml"
+    if accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"run folder {folder}: cannot be made: {error}; choose another run.output_dir") from None
+        if not os.access(folder, os.W_OK):
+            raise UserError(f"run folder {folder}: not writable; choose another run.output_dir")
+        if file.is_file():
+            differences = _differences(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(dump_recipe(recipe)))
+            if differences:
+                raise UserError(
+                    f"run folder {folder} belongs to another recipe; choose another run.name, or delete it:\n  "
+                    + "\n  ".join(differences)
+                )
+        else:
+            write_atomically(file, lambda path: path.write_text(dump_recipe(recipe), encoding="utf-8"))
+    accelerator.wait_for_everyone()
+
+
+def _differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Fields in which two resolved recipes differ and must not."""
+    found = []
+    for section in given:
+        free = FREE_FIELDS.get(section, set())
+        if free is None:
+            continue
+        if not isinstance(given[section], dict):
+            pairs = [(section, saved.get(section), given[section])]
+        else:
+            before = saved.get(section) or {}
+            pairs = [(f"{section}.{k}", before.get(k), v) for k, v in given[section].items() if k not in free]
+        found += [f"{name}: the run has {a!r}, the recipe {b!r}" for name, a, b in pairs if a != b]
+    return found
+
+
+def _leave(accelerator: Accelerator) -> None:
+    """Take the process group down in order; gloo otherwise often aborts at exit although all work is done."""
+    accelerator.free_memory()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,70 @@
+"""Divergences between teacher and student, as pure functions of logits.
+
+Legend: N tokens, V vocabulary. p is the teacher's distribution, q the student's, both at temperature T.
+Every function takes logits (N, V), computes in fp32 and returns the **sum** over the N tokens in nats,
+multiplied by T^2 so that gradients keep their size as T grows (Hinton, Vinyals, Dean 2015, arXiv
+1503.02531). The caller divides once by the tokens of the whole optimizer step. A divergence is 0 where
+p = q.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def cross_entropy(student_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """-sum log q(label) at temperature 1, in nats."""
+    return F.cross_entropy(student_NV.float(), labels_N, reduction="sum")
+
+
+def forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(p || q): the student must cover all that the teacher holds possible."""
+    log_p_NV, log_q_NV = _log_softmax(teacher_NV, temperature), _log_softmax(student_NV, temperature)
+    return temperature**2 * F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True)
+
+
+def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(q || p): the student must not say what the teacher would not."""
+    log_p_NV, log_q_NV = _log_softmax(teacher_NV, temperature), _log_softmax(student_NV, temperature)
+    return temperature**2 * F.kl_div(log_p_NV, log_q_NV, reduction="sum", log_target=True)
+
+
+def jsd(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0, beta: float = 0.5) -> Tensor:
+    """Generalised Jensen-Shannon divergence: beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+
+    Source: Agarwal et al. 2023, arXiv 2306.13649, equation 1.
+    """
+    log_p_NV, log_q_NV = _log_softmax(teacher_NV, temperature), _log_softmax(student_NV, temperature)
+    log_m_NV = torch.logaddexp(log_p_NV + math.log(beta), log_q_NV + math.log1p(-beta))
+    kl_p = F.kl_div(log_m_NV, log_p_NV, reduction="sum", log_target=True)
+    kl_q = F.kl_div(log_m_NV, log_q_NV, reduction="sum", log_target=True)
+    return temperature**2 * (beta * kl_p + (1 - beta) * kl_q)
+
+
+def total_variation(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """1/2 sum |p - q|: one minus the acceptance rate of speculative sampling."""
+    p_NV, q_NV = _log_softmax(teacher_NV, temperature).exp(), _log_softmax(student_NV, temperature).exp()
+    return temperature**2 * 0.5 * (p_NV - q_NV).abs().sum()
+
+
+def hidden_mse(student_Nd: Tensor, teacher_Nd: Tensor) -> Tensor:
+    """Squared distance of final hidden states (N, d), averaged over d and summed over N."""
+    return (student_Nd.float() - teacher_Nd.float()).square().mean(-1).sum()
+
+
+Divergence = Callable[..., Tensor]
+DIVERGENCES: dict[str, Divergence] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+    "total_variation": total_variation,
+}
+
+
+def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
+    return F.log_softmax(logits_NV.float() / temperature, dim=-1)

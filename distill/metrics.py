@@ -1,0 +1,216 @@
+"""What validation means, once: used by the training loop and by every protocol in `eval/`.
+
+Every document of the split is scored from its separator on: each of its tokens is a target, given the
+separator and all that precedes it; separators themselves are no targets. A Transformer reads a document
+in overlapping windows, so that every target has a stated minimum of left context; a recurrent student
+reads it whole. Nats are summed over targets and exponentiated last.
+
+Legend: B rows, W padded length, M targets of all documents in order, V vocabulary, d width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distill.signals import Head
+from distill.teacher import LanguageModel
+
+ROWS_PER_HEAD_CALL = 512
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents to score: token ids with the leading separator, and the size of their text."""
+
+    tokens: Sequence[np.ndarray]
+    utf8_bytes: np.ndarray
+    words: np.ndarray
+
+    @property
+    def targets(self) -> int:
+        """M: every token but the separators."""
+        return sum(len(tokens) - 1 for tokens in self.tokens)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over all targets, and the figures that follow. KL and agreement are None without a teacher."""
+
+    nll_sum_nats: float
+    tokens: int
+    utf8_bytes: int
+    words: int
+    kl_sum_nats: float | None = None
+    top1_matches: int | None = None
+    document_nll_nats: tuple[float, ...] = ()
+
+    @property
+    def nll_nats(self) -> float:
+        """Mean negative log-likelihood of a token, in nats."""
+        return self.nll_sum_nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.nll_nats, 700.0))
+
+    @property
+    def word_perplexity(self) -> float:
+        return math.exp(min(self.nll_sum_nats / max(self.words, 1), 700.0))
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.nll_sum_nats / math.log(2) / max(self.utf8_bytes, 1)
+
+    @property
+    def kl_to_teacher_nats(self) -> float | None:
+        """Mean KL(teacher || this model) of a token, in nats."""
+        return None if self.kl_sum_nats is None else self.kl_sum_nats / self.tokens
+
+    @property
+    def top1_agreement(self) -> float | None:
+        """Share of targets at which this model's likeliest token is the teacher's."""
+        return None if self.top1_matches is None else self.top1_matches / self.tokens
+
+    def as_dict(self) -> dict[str, float | int]:
+        """The figures as they stand in `result.json`."""
+        figures = {
+            "perplexity": self.perplexity,
+            "word_perplexity": self.word_perplexity,
+            "bits_per_byte": self.bits_per_byte,
+            "nll_nats": self.nll_nats,
+            "tokens": self.tokens,
+            "kl_to_teacher_nats": self.kl_to_teacher_nats,
+            "top1_agreement": self.top1_agreement,
+        }
+        return {name: value for name, value in figures.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The teacher's final hidden states at all M targets, computed once and compared with often."""
+
+    hidden_Md: Tensor
+    head: Head
+
+
+@dataclass(frozen=True)
+class Row:
+    """One stretch that a model reads: `tokens[start:stop]` of a document, scoring targets from `first` on."""
+
+    document: int
+    start: int
+    stop: int  # exclusive end of the inputs; the last target is tokens[stop]
+    first: int  # position in the document of the first scored target
+    offset: int  # place of that target among all M
+
+
+def rows_of(documents: Documents, window: int | None, context: int) -> list[Row]:
+    """Cut documents into stretches of at most `window` inputs; later ones overlap by `context` (None: whole)."""
+    rows, offset = [], 0
+    for number, tokens in enumerate(documents.tokens):
+        inputs = len(tokens) - 1
+        size = inputs if window is None else window
+        first = 1
+        while first <= inputs:
+            # The target `first` has input position first - 1; it gets `context` inputs before that one.
+            start = 0 if first == 1 else first - 1 - context
+            stop = min(start + size, inputs)
+            rows.append(Row(number, start, stop, first, offset + first - 1))
+            first = stop + 1
+        offset += inputs
+    return rows
+
+
+def score(
+    model: LanguageModel,
+    documents: Documents,
+    *,
+    window: int | None,
+    context: int = 0,
+    batch_tokens: int = 4096,
+    reference: Reference | None = None,
+) -> Score:
+    """Negative log-likelihood of all documents, and KL and agreement where the teacher's reference is given."""
+    nll_M = torch.zeros(documents.targets, dtype=torch.float64)
+    kl_sum, matches = 0.0, 0
+    for index_N, hidden_Nd, labels_N in _scored(model, documents, window, context, batch_tokens):
+        for start in range(0, len(index_N), ROWS_PER_HEAD_CALL):
+            part = slice(start, start + ROWS_PER_HEAD_CALL)
+            with torch.inference_mode():
+                log_q_NV = F.log_softmax(model.head.logits(hidden_Nd[part]), -1)
+                nll_M[index_N[part]] = -log_q_NV.gather(1, labels_N[part, None])[:, 0].double().cpu()
+                if reference is not None:
+                    teacher_Nd = reference.hidden_Md[index_N[part]].to(reference.head.weight_Vd.device)
+                    log_p_NV = F.log_softmax(reference.head.logits(teacher_Nd), -1).to(log_q_NV.device)
+                    kl_N = F.kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(-1)
+                    kl_sum += kl_N.double().sum().item()
+                    matches += int((log_p_NV.argmax(-1) == log_q_NV.argmax(-1)).sum())
+    return _summed(documents, nll_M, None if reference is None else kl_sum, None if reference is None else matches)
+
+
+def build_reference(
+    teacher: LanguageModel, documents: Documents, *, window: int, context: int, batch_tokens: int
+) -> Reference:
+    """Read all documents with the teacher once and keep its hidden states (M, d) in its own type, on the CPU."""
+    hidden_Md = torch.empty(documents.targets, teacher.width, dtype=teacher.head.weight_Vd.dtype)
+    for index_N, hidden_Nd, _ in _scored(teacher, documents, window, context, batch_tokens):
+        hidden_Md[index_N] = hidden_Nd.to("cpu", hidden_Md.dtype)
+    return Reference(hidden_Md, teacher.head)
+
+
+def score_reference(reference: Reference, documents: Documents) -> Score:
+    """The teacher's own score, from its stored hidden states."""
+    labels_M = torch.from_numpy(np.concatenate([tokens[1:] for tokens in documents.tokens]).astype(np.int64))
+    nll_M = torch.empty(documents.targets, dtype=torch.float64)
+    with torch.inference_mode():
+        for start in range(0, documents.targets, ROWS_PER_HEAD_CALL):
+            part = slice(start, start + ROWS_PER_HEAD_CALL)
+            hidden_Nd = reference.hidden_Md[part].to(reference.head.weight_Vd.device)
+            logits_NV = reference.head.logits(hidden_Nd)
+            labels_N = labels_M[part].to(logits_NV.device)
+            nll_M[part] = F.cross_entropy(logits_NV, labels_N, reduction="none").double().cpu()
+    return _summed(documents, nll_M)
+
+
+def _summed(documents: Documents, nll_M: Tensor, kl_sum: float | None = None, matches: int | None = None) -> Score:
+    lengths = [len(tokens) - 1 for tokens in documents.tokens]
+    return Score(
+        nll_sum_nats=nll_M.sum().item(),
+        tokens=documents.targets,
+        utf8_bytes=int(documents.utf8_bytes.sum()),
+        words=int(documents.words.sum()),
+        kl_sum_nats=kl_sum,
+        top1_matches=matches,
+        document_nll_nats=tuple(part.sum().item() for part in nll_M.split(lengths)),
+    )
+
+
+def _scored(
+    model: LanguageModel, documents: Documents, window: int | None, context: int, batch_tokens: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each batch of rows: place among M (CPU), final hidden states and labels of the scored targets."""
+    rows = sorted(rows_of(documents, window, context), key=lambda row: row.stop - row.start, reverse=True)
+    while rows:
+        longest = rows[0].stop - rows[0].start
+        size = max(1, batch_tokens // longest)
+        batch, rows = rows[:size], rows[size:]
+        inputs_BW = torch.zeros(len(batch), longest, dtype=torch.int64)
+        labels_BW = torch.zeros(len(batch), longest, dtype=torch.int64)
+        index_BW = torch.full((len(batch), longest), -1, dtype=torch.int64)
+        for b, row in enumerate(batch):
+            tokens = torch.from_numpy(documents.tokens[row.document][row.start : row.stop + 1].astype(np.int64))
+            skipped = row.first - 1 - row.start
+            inputs_BW[b, : len(tokens) - 1] = tokens[:-1]
+            labels_BW[b, : len(tokens) - 1] = tokens[1:]
+            index_BW[b, skipped : len(tokens) - 1] = row.offset + torch.arange(len(tokens) - 1 - skipped)
+        # Padding stands on the right of causal models, so it needs no mask; its places are never read.
+        hidden_BWd = model.hidden(inputs_BW)
+        wanted = index_BW >= 0
+        yield index_BW[wanted], hidden_BWd[wanted.to(hidden_BWd.device)], labels_BW[wanted].to(hidden_BWd.device)

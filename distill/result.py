@@ -1,0 +1,139 @@
+"""The result of a run: what distillation gained, as `result.json`, a table and a picture of the curves."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from distill.checkpoint import write_atomically
+
+Points = list[dict[str, Any]]
+
+
+def compare(student: Points, control: Points) -> dict[str, Any]:
+    """What distillation gained over the control, from the validation curves of both.
+
+    `distillation_gain_nats`: the control's best loss minus the student's. `time_to_control_loss`: training
+    seconds until the student's curve was first at or below the control's best loss, over the seconds the
+    control needed for it; None if it never was. `at_equal_tokens`: both losses at the largest number of
+    tokens that both curves reach, linearly interpolated between validations.
+    """
+    best_control = min(control, key=lambda point: point["nll_nats"])
+    best_student = min(student, key=lambda point: point["nll_nats"])
+    reached = _first_crossing(student, best_control["nll_nats"])
+    tokens = min(student[-1]["tokens"], control[-1]["tokens"])
+    at_tokens = {
+        name: float(np.interp(tokens, [p["tokens"] for p in points], [p["nll_nats"] for p in points]))
+        for name, points in (("student", student), ("control", control))
+    }
+    return {
+        "distillation_gain_nats": best_control["nll_nats"] - best_student["nll_nats"],
+        "time_to_control_loss": None if reached is None else reached / best_control["seconds"],
+        "at_equal_tokens": {"tokens": tokens, **{f"{name}_nll_nats": value for name, value in at_tokens.items()}},
+    }
+
+
+def _first_crossing(points: Points, target: float) -> float | None:
+    """Seconds at which a curve first falls to `target`, linearly interpolated between validations."""
+    before: dict[str, Any] | None = None
+    for point in points:
+        if point["nll_nats"] <= target:
+            if before is None:
+                return point["seconds"]
+            share = (before["nll_nats"] - target) / (before["nll_nats"] - point["nll_nats"])
+            return before["seconds"] + share * (point["seconds"] - before["seconds"])
+        before = point
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("potstill", "torch", "transformers", "accelerate", "datasets", "wandb"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            from distill import __version__
+
+            found[name] = __version__ if name == "potstill" else "not installed"
+    return found
+
+
+def table_rows(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The short table: teacher, student, control.
+
+    `KL` is KL(teacher || model) in nats a token, `top-1` the share of tokens whose likeliest continuation is the
+    teacher's, `tok/s` the speed of greedy decoding at batch 1.
+    """
+    rows = []
+    for name in ("teacher", "student", "control"):
+        if name not in result:
+            continue
+        figures = result[name]
+        agreement, kl = figures.get("top1_agreement"), figures.get("kl_to_teacher_nats")
+        rows.append(
+            {
+                "model": name,
+                "ppl": f"{figures['perplexity']:.1f}",
+                "bits/byte": f"{figures['bits_per_byte']:.3f}",
+                "nats": f"{figures['nll_nats']:.3f}",
+                "KL": "–" if kl is None else f"{kl:.3f}",
+                "top-1": "–" if agreement is None else f"{agreement:.3f}",
+                "params": f"{figures['parameters'] / 1e6:.1f} M",
+                "MiB": f"{figures['weight_bytes'] / 2**20:.0f}",
+                "tok/s": f"{figures['decode_tokens_per_second']:.0f}",
+            }
+        )
+    return rows
+
+
+def print_result(result: dict[str, Any], folder: Path, console: Console | None = None) -> None:
+    """Table, continuations and what distillation gained, for the terminal."""
+    console = console or Console()
+    table = Table(title=f"{result['name']}, validation on {result['student']['tokens']:,} tokens")
+    for number, column in enumerate(table_rows(result)[0]):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    for row in table_rows(result):
+        table.add_row(*row.values())
+    console.print(table)
+    for sample in result["samples"]:
+        for kind in ("greedy", "sampled"):
+            text = " ".join(sample[kind].split())
+            console.print(f"[dim]{kind:>8}[/dim] [bold]{sample['prompt']}[/bold] {text}", highlight=False)
+    if "control" in result:
+        gain, ratio = result["distillation_gain_nats"], result["time_to_control_loss"]
+        time = "did not reach its loss" if ratio is None else f"reached its loss in {ratio:.0%} of its time"
+        same = result["control"]["match"].replace("_", " ")
+        console.print(f"Distillation gained {gain:+.3f} nats over the control at equal {same}, and {time}.")
+    console.print(f"Run folder: {folder}", soft_wrap=True, highlight=False)
+
+
+def plot_curves(result: dict[str, Any], target: Path) -> None:
+    """Validation loss of student and control over training time and over tokens, with the teacher's as a line."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    scales = (("seconds", 1 / 60, "training time (minutes, teacher included)"), ("tokens", 1e-3, "training tokens (thousands)"))
+    for axis, (key, scale, label) in zip(axes, scales, strict=True):
+        for name, colour in (("control", "#c1622d"), ("student", "#1f5fa8")):
+            points = result["curves"].get(name)
+            if points:
+                x, y = [p[key] * scale for p in points], [p["nll_nats"] for p in points]
+                axis.plot(x, y, color=colour, marker="o", markersize=4, label=name)
+        axis.axhline(result["teacher"]["nll_nats"], color="#555555", linestyle="--", linewidth=1, label="teacher")
+        axis.set_xlabel(label)
+        axis.grid(alpha=0.25)
+        axis.set_axisbelow(True)
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[0].set_ylabel("validation loss (nats per token)")
+    axes[0].legend(frameon=False)
+    figure.suptitle(result["name"], x=0.01, ha="left", fontsize=11)
+    write_atomically(target, lambda path: figure.savefig(path, dpi=150, format="png"))

@@ -1,0 +1,31 @@
+"""Learning rate as a function of a stage's progress.
+
+Progress is the share of the stage that is done, in [0, 1), whatever unit its length has; so the same
+schedule serves stages in steps, tokens and minutes.
+"""
+
+from __future__ import annotations
+
+import math
+
+
+def learning_rate_factor(progress: float, schedule: str, warmup: float, final: float) -> float:
+    """Factor on the peak learning rate: linear warm-up from near 0, then the schedule down to `final`.
+
+    `wsd` (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays at 1 until the last fifth.
+    """
+    if progress < warmup:
+        return max(progress / warmup, 1e-3)
+    rest = min(1.0, (progress - warmup) / (1 - warmup))
+    match schedule:
+        case "constant":
+            return 1.0
+        case "linear":
+            down = rest
+        case "cosine":
+            down = 0.5 * (1 - math.cos(math.pi * rest))
+        case "wsd":
+            down = max(0.0, (progress - 0.8) / 0.2)
+        case _:
+            raise ValueError(f"unknown schedule {schedule!r}")
+    return 1 - (1 - final) * down

@@ -1,0 +1,293 @@
+"""The teacher: a frozen pretrained Transformer, and what it says about a block.
+
+The model is loaded from the hub, a folder, a GGUF file or a file inside an installed package. Its logits
+are taken apart as head(final hidden state), which holds for nearly every architecture and is verified at
+loading time on a few tokens; from then on a teacher hands out d numbers a token, and whoever needs
+logits runs the head over as few rows as it likes.
+
+Legend: B sequences, W window (left context + block), T block, V vocabulary, d width.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from distill.config import TeacherConfig, UserError
+from distill.corpus import BlockBatch, cache_root
+from distill.packaged import resolve_package
+from distill.signals import DenseSignal, Head, HiddenSignal, Signal
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_PADDING_ROWS = 1024  # the largest paddings in use: 905 rows (Phi-2), 271 (Qwen2.5)
+
+
+def hardware_has_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products run in hardware there; emulated ones are slower than fp32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@dataclass
+class LanguageModel:
+    """A frozen causal language model, cut at its head, with its tokenizer.
+
+    `vocab_size` is the number of token ids that exist; padding rows of the head are cut off.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    head: Head
+    name: str
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.weight_Vd.shape[0]
+
+    @property
+    def width(self) -> int:
+        return self.head.weight_Vd.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters, tied ones once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters as loaded, tied ones once."""
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def hidden(self, input_ids_BW: Tensor, position_ids_BW: Tensor | None = None) -> Tensor:
+        """Final hidden states (B, W, d), after the last norm."""
+        with torch.inference_mode():
+            extra = {} if position_ids_BW is None else {"position_ids": position_ids_BW.to(self.device)}
+            output = self.model.base_model(input_ids=input_ids_BW.to(self.device), use_cache=False, **extra)
+            return output.last_hidden_state
+
+    def signal(self, batch: BlockBatch, kind: str) -> Signal:
+        """What the teacher says about a batch of blocks; N = B * T rows in the order of the labels."""
+        block_length = batch.inputs_BT.shape[1]
+        hidden_Nd = self.hidden(batch.window_BW, batch.positions_BW)[:, -block_length:].flatten(0, 1)
+        if not torch.isfinite(hidden_Nd).all():
+            raise UserError(
+                f"teacher {self.name}: its output on blocks {batch.block_ids_B.tolist()} is not finite; "
+                f"try teacher.dtype=fp32 (found {self.model.dtype})",
+                every_process=True,
+            )
+        return DenseSignal(self.head.logits(hidden_Nd)) if kind == "dense" else HiddenSignal(hidden_Nd, self.head)
+
+    def check_window(self, window: int, packed: bool) -> None:
+        """Raise UserError where windows are longer than the model allows, or packed documents are not kept apart."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and window > limit:
+            raise UserError(
+                f"teacher {self.name}: windows of {window} tokens (teacher.context + corpus.block_length, or "
+                f"evaluation.window) exceed its limit of {limit}"
+            )
+        if packed:
+            # What stands in one document must not change the next one by a single bit.
+            positions_1W = torch.cat([torch.arange(6), torch.arange(10)])[None]
+            ids_1W = torch.arange(16)[None] % self.vocab_size
+            other_1W = ids_1W.clone()
+            other_1W[:, :6] = ids_1W[:, :6].flip(-1)
+            second, same = (self.hidden(ids, positions_1W)[:, 6:] for ids in (ids_1W, other_1W))
+            if not torch.equal(second, same):
+                raise UserError(
+                    f"teacher {self.name}: its attention does not keep packed documents apart by position ids; "
+                    "set corpus.reset_at_documents=false, or another teacher.attn_implementation"
+                )
+
+
+def load_teacher(config: TeacherConfig, device: torch.device) -> LanguageModel:
+    """The recipe's teacher, verified and on its device."""
+    return load_language_model(
+        config.model,
+        device=device,
+        dtype=config.dtype,
+        revision=config.revision,
+        device_map=config.device_map,
+        attn_implementation=config.attn_implementation,
+        trust_remote_code=config.trust_remote_code,
+        role="teacher",
+    )
+
+
+def load_language_model(
+    model: str,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    revision: str | None = None,
+    device_map: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    role: str = "model",
+) -> LanguageModel:
+    """Load any causal model with its tokenizer; UserError names what was not found or does not fit."""
+    import distill.student  # noqa: F401  registers the student, so that its folders load without remote code
+
+    torch_dtype = DTYPES[_resolve_dtype(dtype, device)]
+    source = resolve_model(model, role)
+    loading = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **loading)
+        network = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch_dtype, device_map=device_map, attn_implementation=attn_implementation, **loading
+        )
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"{role} {model}: cannot be loaded: {reason[0]} (expected a hub id, a folder of a pretrained causal "
+            "model with its tokenizer, a .gguf file, or package:DISTRIBUTION/PATH)"
+        ) from None
+    if device_map is None:
+        network.to(device)
+    network.eval().requires_grad_(False)
+    return wrap(network, tokenizer, model, role)
+
+
+def wrap(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, role: str = "model") -> LanguageModel:
+    """A network in memory as a LanguageModel: vocabulary checked, head found and verified."""
+    vocab_size = _shared_vocabulary(network, tokenizer, f"{role} {name}")
+    wrapped = LanguageModel(network, tokenizer, _head(network, vocab_size), name)
+    ids_1W = torch.arange(8, device=wrapped.device)[None] % vocab_size
+    with torch.inference_mode():
+        expected = network(input_ids=ids_1W).logits[..., :vocab_size].float()
+        found = wrapped.head.logits(wrapped.hidden(ids_1W))
+    if not _close(found, expected, network.dtype):
+        raise UserError(
+            f"{role} {name}: its logits are not a linear (scaled, softcapped) map of its final hidden state, "
+            "which this architecture would need for its soft targets to be taken"
+        )
+    return wrapped
+
+
+def resolve_model(model: str, role: str = "model") -> str:
+    """A name that `from_pretrained` takes: packages are located, GGUF files converted once and kept."""
+    path = Path(resolve_package(model)) if model.startswith("package:") else Path(model).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"{role} {model}: expected a GGUF file, found none")
+        return str(_convert_gguf(path, role))
+    if path.exists():
+        if path.is_dir() and (path / "student" / "config.json").is_file():
+            path = path / "student"  # a run folder stands for its student
+        if not (path / "config.json").is_file():
+            raise UserError(f"{role} {model}: expected a model folder with a config.json, found none in it")
+        return str(path)
+    if model.startswith(("package:", "/", "./", "../", "~")):
+        raise UserError(f"{role} {model}: expected a model folder or file, found none")
+    return model
+
+
+def _convert_gguf(path: Path, role: str) -> Path:
+    """Dequantise a GGUF file once into a plain folder (bf16) in the cache; parsing one takes 20 s, a folder 1 s."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 24):
+            digest.update(chunk)
+    folder = cache_root() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise UserError(f"{role} {path.name}: reading GGUF needs an extra: pip install 'potstill[gguf]'") from None
+    where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        packed = AutoModelForCausalLM.from_pretrained(
+            **where,
+            dtype=torch.bfloat16,
+            quantization_config=transformers.GgufConfig(dequantize=True),
+        )
+    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+        raise UserError(f"{role} {path}: cannot be read as GGUF: {error}") from None
+    # The loaded class remembers its quantisation and refuses to be saved: rebuild the plain one.
+    config = packed.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = type(packed)(config).to(torch.bfloat16)
+    plain.load_state_dict(packed.state_dict())
+    plain.generation_config = packed.generation_config
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+    plain.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    (temporary / "source.json").write_text(json.dumps({"file": path.name, "sha256": digest.hexdigest()}))
+    try:
+        os.rename(temporary, folder)
+    except OSError:  # another process was first
+        shutil.rmtree(temporary)
+    return folder
+
+
+def _resolve_dtype(dtype: str, device: torch.device) -> str:
+    if dtype != "auto":
+        return dtype
+    return "bf16" if hardware_has_bf16(device) else "fp32"
+
+
+def _shared_vocabulary(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, who: str) -> int:
+    """Number of token ids that tokenizer and model share, or UserError that says why they do not fit.
+
+    Heads are often padded to a round number of rows (151,936 for 151,665 tokens); rows beyond the last
+    token are cut off, but only when every id below is a token of its own.
+    """
+    ids = tokenizer.get_vocab()
+    output, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    if output is None or not ids:
+        raise UserError(f"{who}: expected a causal model with an output head and a tokenizer with a vocabulary")
+    by_id = {index: token for token, index in ids.items()}
+    vocab_size = max(by_id) + 1
+    rows = output.weight.shape[0]
+    if len(by_id) != len(ids):
+        raise UserError(f"{who}: its tokenizer maps {len(ids)} tokens to {len(by_id)} ids; ids must be unique")
+    if vocab_size > rows or vocab_size > embedding.weight.shape[0]:
+        raise UserError(
+            f"{who}: its tokenizer has ids up to {vocab_size - 1}, but the head has {rows} rows and the embedding "
+            f"{embedding.weight.shape[0]}; this tokenizer belongs to another model"
+        )
+    if rows - vocab_size >= MAX_PADDING_ROWS:
+        raise UserError(
+            f"{who}: the head has {rows} rows for {vocab_size} tokens; {rows - vocab_size} rows are too many for "
+            "padding, so this tokenizer belongs to another model"
+        )
+    return vocab_size
+
+
+def _head(network: PreTrainedModel, vocab_size: int) -> Head:
+    """The output layer with what some architectures put behind it."""
+    output, config = network.get_output_embeddings(), network.config
+    bias = getattr(output, "bias", None)
+    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+    if getattr(config, "logits_scaling", None):  # Granite
+        scale = scale / config.logits_scaling
+    return Head(
+        weight_Vd=output.weight.detach()[:vocab_size],
+        bias_V=None if bias is None else bias.detach()[:vocab_size],
+        scale=float(scale),
+        softcap=getattr(config, "final_logit_softcapping", None),
+    )
+
+
+def _close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Equal up to the rounding of the model's type."""
+    error, scale = (found - expected).norm(), expected.norm()
+    return bool(error <= 8 * torch.finfo(dtype).eps * scale)

@@ -1,0 +1,123 @@
+"""Curves, tables and pictures to wandb through accelerate's tracker.
+
+Without an account the run is recorded offline under `RUN/wandb/` and the log says how to sync it. A
+tracker that fails, at the start or later, is reported once and left alone: it never stops a run.
+
+Metrics carry their unit in the name and their own x-axis: `train/student/*` and `train/control/*` over
+`tokens`, validation curves of both over `train_seconds`, so student and control share one axis.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from distill.config import Recipe
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """A wandb run, or nothing. All methods are no-ops off the main process and after a failure."""
+
+    def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
+        self._accelerator = accelerator
+        self._run: Any = None
+        self._alive = recipe.tracking.tracker == "wandb" and accelerator.is_main_process
+        self._guarded(lambda: self._start(recipe))
+
+    def _start(self, recipe: Recipe) -> None:
+        import wandb
+
+        folder = recipe.folder.resolve()
+        identity = folder / "wandb_id.json"
+        if identity.is_file():
+            run_id = json.loads(identity.read_text(encoding="utf-8"))["id"]
+        else:
+            run_id = wandb.util.generate_id()
+            identity.write_text(json.dumps({"id": run_id}), encoding="utf-8")
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None and not wandb.login(prompt=False):
+            mode = "offline"
+        tracking = recipe.tracking
+        self._accelerator.init_trackers(
+            tracking.project,
+            config=recipe.model_dump(mode="json"),
+            init_kwargs={
+                "wandb": {
+                    "dir": str(folder),
+                    "id": run_id,
+                    "name": recipe.run.name,
+                    "entity": tracking.entity,
+                    "group": tracking.group or recipe.run.name,
+                    "tags": list(tracking.tags) or None,
+                    "resume": "allow",
+                    "mode": mode,
+                    "settings": wandb.Settings(console="off", silent=True),
+                }
+            },
+        )
+        self._run = self._accelerator.get_tracker("wandb", unwrap=True)
+        self._run.define_metric("train_seconds")
+        self._run.define_metric("tokens")
+        for model in ("student", "control"):
+            self._run.define_metric(f"train/{model}/*", step_metric="tokens")
+            self._run.define_metric(f"validation/*/{model}", step_metric="train_seconds")
+        if mode == "offline":
+            logger.info("wandb: no account, recording offline; later: wandb sync %s", Path(self._run.dir).parent)
+
+    def log(self, values: dict[str, float]) -> None:
+        """One row of scalars, with its own `tokens` or `train_seconds`."""
+        self._guarded(lambda: self._accelerator.log(values))
+
+    def log_samples(self, rows: Iterable[dict[str, str]]) -> None:
+        """Sample continuations as a table."""
+        self._table("samples", list(rows))
+
+    def log_result(self, result: dict[str, Any], rows: list[dict[str, Any]], picture: Path, files: list[Path]) -> None:
+        """The final table, the plot of curves, and both as an artifact together with `files`."""
+
+        def send() -> None:
+            import wandb
+
+            self._run.summary.update(
+                {name: result[name] for name in ("student", "control", "teacher", "distillation_gain_nats") if name in result}
+            )
+            self._run.log({"curves": wandb.Image(str(picture))})
+            artifact = wandb.Artifact(f"{self._run.id}-result", type="result")
+            for file in [picture, *files]:
+                artifact.add_file(str(file))
+            self._run.log_artifact(artifact)
+
+        self._table("result", rows)
+        self._guarded(send)
+
+    def finish(self) -> None:
+        """Close the run."""
+        self._guarded(self._accelerator.end_training)
+        self._alive = False
+
+    def _table(self, name: str, rows: list[dict[str, Any]]) -> None:
+        def send() -> None:
+            import wandb
+
+            columns = list(rows[0])
+            self._run.log({name: wandb.Table(columns=columns, data=[[str(row[c]) for c in columns] for row in rows])})
+
+        if rows:
+            self._guarded(send)
+
+    def _guarded(self, call: Callable[[], Any]) -> None:
+        if not self._alive:
+            return
+        try:
+            call()
+        except Exception as error:  # whatever a tracker does wrong, the run goes on
+            self._alive = False
+            logger.warning("tracking stops here, the run goes on: %s: %s", type(error).__name__, error)

@@ -1,0 +1,500 @@
+"""The training loop: stages of batch, teacher's signal, student, loss, backward, clip, step.
+
+Training lanes are contiguous: lane l's blocks follow one another, and the LSTM's state is carried from
+block to block, detached (stateful truncated backpropagation through time). The batch of a step is all
+lanes over all processes and micro-batches; loss sums are divided once by its tokens, so how a batch is
+cut into processes and micro-batches changes nothing but rounding.
+
+A run that is stopped and started again goes on bit by bit as if it had not been: see
+`distill/checkpoint.py` for what is kept, and `Progress` for where it stands.
+
+Legend: B lanes of a micro-batch, T block length, G lanes of the whole batch, L layers, H hidden size.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal as signals
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from distill.checkpoint import Checkpoints, load_state, load_tensors, restore_optimizer, write_atomically
+from distill.config import Length, Recipe, StageConfig, UserError
+from distill.corpus import Blocks, lane_order
+from distill.fused import Objective, State, StudentWithLoss
+from distill.metrics import Score
+from distill.schedule import learning_rate_factor
+from distill.student import LSTMForCausalLM
+from distill.teacher import LanguageModel
+from distill.tracking import Tracker
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C arrived; everything is saved. `signum` is the signal's number."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"stopped by {signals.Signals(signum).name}; everything is saved")
+        self.signum = signum
+
+
+@dataclass
+class Clock:
+    """A position in a training: optimizer steps, target tokens, seconds of training."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def share(self, length: Length, since: Clock) -> float:
+        """How much of `length` has passed since then; 1 or more when it is over."""
+        if length.steps is not None:
+            return (self.steps - since.steps) / length.steps
+        if length.tokens is not None:
+            return (self.tokens - since.tokens) / length.tokens
+        assert length.minutes is not None
+        return (self.seconds - since.seconds) / (60 * length.minutes)
+
+
+@dataclass
+class Progress:
+    """Where a training stands, as it lies in a checkpoint."""
+
+    stage: int = 0
+    now: Clock = field(default_factory=Clock)
+    stage_start: Clock = field(default_factory=Clock)
+    last_validation: Clock = field(default_factory=Clock)
+    teacher_seconds: float = 0.0
+    points: list[dict[str, Any]] = field(default_factory=list)
+    best_nll_nats: float | None = None
+    best_step: int = 0
+    stale: int = 0  # validations of this stage in a row that brought nothing
+    done: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> Progress:
+        clocks = {name: Clock(**raw[name]) for name in ("now", "stage_start", "last_validation")}
+        return cls(**{**raw, **clocks})
+
+
+class StopFlag:
+    """Remembers SIGTERM and SIGINT while a training runs, so that it can save and leave between two steps."""
+
+    def __init__(self) -> None:
+        self.signum = 0
+
+    def __enter__(self) -> StopFlag:
+        self._before = {s: signals.signal(s, self._remember) for s in (signals.SIGTERM, signals.SIGINT)}
+        return self
+
+    def _remember(self, signum: int, frame: Any) -> None:
+        self.signum = signum
+
+    def __exit__(self, *exc: object) -> None:
+        for signum, handler in self._before.items():
+            signals.signal(signum, handler)
+
+
+class Training:
+    """One training of one student: the distilled one, or its control."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        recipe: Recipe,
+        stages: tuple[StageConfig, ...],
+        student: LSTMForCausalLM,
+        blocks: Blocks,
+        teacher: LanguageModel | None,
+        signal_kind: str,
+        validate: Callable[[LSTMForCausalLM], Score],
+        accelerator: Accelerator,
+        tracker: Tracker,
+        validate_at_tokens: int | None = None,
+    ) -> None:
+        self.name, self.recipe, self.stages = name, recipe, stages
+        self.student = student.to(accelerator.device)
+        self.blocks, self.teacher, self.signal_kind = blocks, teacher, signal_kind
+        self.validate, self.accelerator, self.tracker = validate, accelerator, tracker
+        self.validate_at_tokens = validate_at_tokens
+        self.checkpoints = Checkpoints(recipe.folder / "checkpoints" / name, recipe.run.keep_checkpoints)
+        self.log_file = recipe.folder / f"{name}.log.jsonl"
+        self.lanes = recipe.run.batch_size
+        self.micro = micro_batch_size(recipe, accelerator.num_processes)
+        self.tokens_per_step = self.lanes * recipe.corpus.block_length
+        self.steps_per_epoch = len(lane_order(len(blocks), self.lanes, epoch=0, seed=recipe.run.seed))
+        self.progress = Progress()
+        self.states: dict[int, State] = {}  # carried (h, c) by micro-batch
+
+    # ---------------------------------------------------------------- the whole training
+
+    def run(self) -> Progress:
+        """Train through all stages, from the newest checkpoint if there is one; the best weights end up in the student.
+
+        Raises Interrupted after a saved stop, UserError for what the user can mend.
+        """
+        resumed = self._resume()
+        with StopFlag() as stop, logging_redirect_tqdm():
+            while not self.progress.done:
+                self._run_stage(self.stages[self.progress.stage], resumed, stop)
+                resumed = None
+        self._load_best()
+        return self.progress
+
+    def _run_stage(self, stage: StageConfig, resumed: Path | None, stop: StopFlag) -> None:
+        progress, accelerator = self.progress, self.accelerator
+        model, optimizer = self._prepare(stage)
+        if resumed is not None:
+            state = load_state(resumed)
+            if state["optimizer_groups"]:
+                restore_optimizer(optimizer, resumed, state)
+        objective = Objective(dict(stage.objective), stage.temperature, stage.jsd_beta)
+        last_saved = Clock(**asdict(progress.now))
+        bar = self._bar(stage)
+        while True:
+            now = progress.now
+            share = now.share(stage.length, progress.stage_start)
+            if share >= 1 or self._out_of_patience():
+                break
+            factor = learning_rate_factor(share, stage.schedule, stage.warmup, stage.final_learning_rate)
+            for group in optimizer.param_groups:
+                group["lr"] = stage.learning_rate * factor
+            began = time.perf_counter()
+            logging_step = (now.steps + 1) % self.recipe.tracking.every == 0
+            sums, grad_norm, teacher_seconds = self._step(model, optimizer, stage, objective)
+            if logging_step and accelerator.device.type == "cuda":
+                torch.cuda.synchronize()  # so that the clock sees the work, not its queue
+            seconds, signum = self._agree(time.perf_counter() - began, stop.signum)
+            progress.teacher_seconds += teacher_seconds
+            now.steps, now.tokens, now.seconds = (
+                now.steps + 1,
+                now.tokens + self.tokens_per_step,
+                now.seconds + seconds,
+            )
+            if logging_step:
+                self._log(stage, sums, grad_norm, seconds, teacher_seconds, stage.learning_rate * factor)
+            self._advance(bar, stage, sums)
+            if (
+                now.share(self.recipe.evaluation.every, progress.last_validation) >= 1
+                or now.tokens == self.validate_at_tokens
+            ):
+                self._validate(stage)
+            if signum:
+                bar.close()
+                self._save(optimizer)
+                raise Interrupted(signum)
+            if now.share(self.recipe.run.checkpoint_every, last_saved) >= 1:
+                self._save(optimizer)
+                last_saved = Clock(**asdict(now))
+        if progress.last_validation.steps != progress.now.steps or not progress.points:
+            self._validate(stage)
+        bar.close()
+        progress.stage, progress.stale = progress.stage + 1, 0
+        progress.stage_start = Clock(**asdict(progress.now))
+        progress.done = progress.stage == len(self.stages)
+        self._save(None)
+
+    # ---------------------------------------------------------------- one step
+
+    def _step(
+        self, model: torch.nn.Module, optimizer: Any, stage: StageConfig, objective: Objective
+    ) -> tuple[dict[str, Tensor], Tensor, float]:
+        """One optimizer step over all lanes; returns the terms' sums of this process, the gradient norm, teacher's seconds."""
+        accelerator, steps = self.accelerator, self.progress.now.steps
+        # Dropout's random numbers follow from seed, step and process: nothing to save, nothing to restore.
+        torch.manual_seed(((self.recipe.run.seed * 1_000_003 + steps) * 4_096 + accelerator.process_index) % 2**63)
+        model.train()
+        sums: dict[str, Tensor] = {}
+        teacher_seconds = 0.0
+        micro_batches = list(self._micro_batches(steps))
+        for number, (block_ids, starts_B) in enumerate(micro_batches):
+            batch = self.blocks.batch(block_ids)
+            signal = None
+            if stage.needs_teacher:
+                assert self.teacher is not None
+                began = time.perf_counter()
+                signal = self.teacher.signal(batch, self.signal_kind)
+                teacher_seconds += time.perf_counter() - began
+            reset_BT = batch.reset_BT.clone()
+            reset_BT[:, 0] |= starts_B
+            last = number == len(micro_batches) - 1
+            with nullcontext() if last else accelerator.no_sync(model):
+                loss, parts, self.states[number] = model(
+                    batch.inputs_BT.to(accelerator.device),
+                    batch.labels_BT.to(accelerator.device),
+                    reset_BT.to(accelerator.device),
+                    self.states.get(number),
+                    signal,
+                    objective,
+                )
+                # DDP averages over processes: undo that, then divide once by the tokens of the whole step.
+                accelerator.backward(loss * (accelerator.num_processes / self.tokens_per_step))
+            for term, value in parts.items():
+                sums[term] = sums.get(term, torch.zeros((), device=value.device)) + value
+        grad_norm = self._clip(model)
+        # One scalar's synchronisation a step is the price of never stepping on a broken gradient.
+        if not bool(torch.isfinite(grad_norm)) or not all(bool(torch.isfinite(value)) for value in sums.values()):
+            self._refuse(model, sums, grad_norm, micro_batches)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return sums, grad_norm, teacher_seconds
+
+    def _micro_batches(self, step: int) -> Iterator[tuple[Any, Tensor]]:
+        """This process's block ids of a step, and which of them do not follow the lane's block before."""
+        epoch, row = divmod(step, self.steps_per_epoch)
+        order_SG = lane_order(len(self.blocks), self.lanes, epoch=epoch, seed=self.recipe.run.seed)
+        first = self.accelerator.process_index * (self.lanes // self.accelerator.num_processes)
+        for start in range(first, first + self.lanes // self.accelerator.num_processes, self.micro):
+            ids = order_SG[row, start : start + self.micro]
+            before = order_SG[row - 1, start : start + self.micro] if row else ids
+            yield ids, torch.from_numpy(ids != before + 1)
+
+    def _clip(self, model: torch.nn.Module) -> Tensor:
+        limit = self.recipe.run.max_grad_norm
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), float("inf") if limit is None else limit)
+        return torch.as_tensor(norm)
+
+    def _refuse(self, model: torch.nn.Module, sums: dict[str, Tensor], grad_norm: Tensor, micro_batches: list) -> None:
+        """Report where a step went wrong, before it reaches the weights."""
+        bad = [
+            name.removeprefix("module.").removeprefix("student.")
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
+        ]
+        terms = ", ".join(f"{term} {value.item():.4g}" for term, value in sums.items())
+        blocks = [int(block) for ids, _ in micro_batches for block in ids]
+        shown = ", ".join(bad[:6]) + (f" and {len(bad) - 6} more" if len(bad) > 6 else "")
+        raise UserError(
+            f"{self.name}: step {self.progress.now.steps + 1} refused before the update: loss sums {terms}; gradient "
+            f"norm {grad_norm.item():.4g}; not finite in: {shown or 'the loss alone'}; process "
+            f"{self.accelerator.process_index}, blocks {blocks}. The weights are untouched and the last checkpoint is "
+            "whole; a lower learning_rate, run.max_grad_norm or run.precision=fp32 may help"
+        )
+
+    def _agree(self, seconds: float, signum: int) -> tuple[float, int]:
+        """One clock and one decision for all processes: the main one's seconds, the highest signal of any."""
+        if self.accelerator.num_processes == 1:
+            return seconds, signum
+        shared = torch.zeros(self.accelerator.num_processes, 2, dtype=torch.float64, device=self.accelerator.device)
+        shared[self.accelerator.process_index] = torch.tensor([seconds, float(signum)], dtype=torch.float64)
+        shared = self.accelerator.reduce(shared, "sum")
+        return shared[0, 0].item(), int(shared[:, 1].max().item())
+
+    # ---------------------------------------------------------------- set-up of a stage
+
+    def _prepare(self, stage: StageConfig) -> tuple[torch.nn.Module, Any]:
+        """The wrapped student and its optimizer, with what the stage freezes frozen."""
+        self.accelerator.free_memory()
+        student = self.student
+        embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
+        tied = embedding.weight is head.weight
+        if tied and len(stage.freeze & {"embedding", "head"}) == 1:
+            raise UserError(f"stage {stage.label}: embedding and head are tied (as in the teacher); freeze both or neither")
+        parts = {id(p): "embedding" for p in embedding.parameters()}
+        parts.update({id(p): "head" for p in head.parameters() if not (tied and p is head.weight)})
+        # A head that no term reads would get no gradient, which DDP takes for an error: it rests as well.
+        resting = stage.freeze | (set() if Objective(dict(stage.objective)).needs_logits else {"head"})
+        for parameter in student.parameters():
+            parameter.requires_grad_(parts.get(id(parameter), "body") not in resting)
+            parameter.grad = None
+        decayed = [p for p in student.parameters() if p.requires_grad and p.ndim >= 2 and parts.get(id(p)) != "embedding"]
+        chosen = {id(p) for p in decayed}
+        others = [p for p in student.parameters() if p.requires_grad and id(p) not in chosen]
+        groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [group for group in groups if group["params"]]
+        optimizer: torch.optim.Optimizer
+        if stage.optimizer == "sgd":
+            for group in groups:
+                group["weight_decay"] = 0.0
+            optimizer = torch.optim.SGD(groups, lr=stage.learning_rate)
+        else:
+            optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas)
+        model, optimizer = self.accelerator.prepare(StudentWithLoss(student), optimizer)
+        return model, optimizer
+
+    # ---------------------------------------------------------------- validation and logs
+
+    def _validate(self, stage: StageConfig) -> None:
+        """Validate, keep the point, and keep the weights if they are the best so far."""
+        progress, now = self.progress, self.progress.now
+        self.student.eval()
+        score = self.validate(self.student)
+        point = {
+            "stage": progress.stage,
+            "stage_name": stage.label,
+            "step": now.steps,
+            "tokens": now.tokens,
+            "seconds": now.seconds,
+            "nll_nats": score.nll_nats,
+            "perplexity": score.perplexity,
+            "kl_to_teacher_nats": score.kl_to_teacher_nats,
+            "top1_agreement": score.top1_agreement,
+        }
+        progress.points.append(point)
+        progress.last_validation = Clock(**asdict(now))
+        figures = ("nll_nats", "perplexity", "kl_to_teacher_nats", "top1_agreement")
+        values = {f"validation/{key}/{self.name}": point[key] for key in figures if point[key] is not None}
+        self.tracker.log({**values, "train_seconds": now.seconds, "tokens": now.tokens})
+        logger.info(
+            "%s, step %d, %d tokens, %.0f s: validation loss %.4f nats (perplexity %.1f), KL %.4f, top-1 %.3f",
+            *(self.name, now.steps, now.tokens, now.seconds, score.nll_nats, score.perplexity),
+            *(score.kl_to_teacher_nats, score.top1_agreement),
+        )
+        if progress.best_nll_nats is None or score.nll_nats < progress.best_nll_nats:
+            progress.best_nll_nats, progress.best_step, progress.stale = score.nll_nats, now.steps, 0
+            if self.accelerator.is_main_process:
+                self.checkpoints.save_best(now.steps, self.student)
+        else:
+            progress.stale += 1
+
+    def _out_of_patience(self) -> bool:
+        patience = self.recipe.evaluation.patience
+        return patience is not None and self.progress.stale >= patience
+
+    def _log(
+        self, stage: StageConfig, sums: dict[str, Tensor], grad_norm: Tensor, seconds: float, teacher_seconds: float, lr: float
+    ) -> None:
+        """Losses of this step over all processes, to the tracker and to the run's own log file."""
+        total = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
+        terms = dict(zip(sums, (total / self.tokens_per_step).tolist(), strict=True))
+        values = {
+            "loss": sum(stage.objective[term] * value for term, value in terms.items()),  # type: ignore[index]
+            **{f"loss_{term}": value for term, value in terms.items()},
+            "learning_rate": lr,
+            "grad_norm": grad_norm.item(),
+            "tokens_per_second": self.tokens_per_step / seconds,
+            "teacher_seconds_per_step": teacher_seconds,
+            "student_seconds_per_step": seconds - teacher_seconds,
+        }
+        now = self.progress.now
+        self.tracker.log({**{f"train/{self.name}/{k}": v for k, v in values.items()}, "tokens": now.tokens})
+        if self.accelerator.is_main_process:
+            row = {"step": now.steps, "tokens": now.tokens, "seconds": now.seconds, "stage": self.progress.stage, **values}
+            try:
+                with self.log_file.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.log_file}: cannot be written: {error}; the last checkpoint is whole") from None
+
+    def _bar(self, stage: StageConfig) -> tqdm:
+        """A progress bar in the unit of the stage's length, with the time left."""
+        done = self.progress.now.share(stage.length, self.progress.stage_start)
+        goal, unit = next(
+            (value * scale, unit)
+            for value, scale, unit in (
+                (stage.length.steps, 1, "step"),
+                (stage.length.tokens, 1, "tok"),
+                (stage.length.minutes, 60, "s"),
+            )
+            if value is not None
+        )
+        layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
+        return tqdm(
+            total=goal,
+            initial=done * goal,
+            unit=unit,
+            unit_scale=False,
+            desc=f"{self.name} {self.progress.stage + 1}/{len(self.stages)} {stage.label}",
+            bar_format=layout,
+            disable=not self.accelerator.is_main_process,
+            dynamic_ncols=True,
+        )
+
+    def _advance(self, bar: tqdm, stage: StageConfig, sums: dict[str, Tensor]) -> None:
+        if bar.disable:
+            return
+        now = self.progress.now
+        share = min(now.share(stage.length, self.progress.stage_start), 1.0)
+        if now.steps % self.recipe.tracking.every == 0:
+            scale = self.tokens_per_step / self.accelerator.num_processes
+            bar.set_postfix_str(
+                ", ".join(f"{term} {value.item() / scale:.3f}" for term, value in sums.items())
+                + f", {now.tokens / max(now.seconds, 1e-9):,.0f} tok/s",
+                refresh=False,
+            )
+        bar.update(share * bar.total - bar.n)
+
+    # ---------------------------------------------------------------- saving and resuming
+
+    def _save(self, optimizer: Any | None) -> None:
+        """Write a checkpoint; `optimizer` is None between two stages. Collective: the lanes' states are gathered."""
+        lanes = self._gather_lanes()
+        if self.accelerator.is_main_process:
+            weights = {name: p.detach() for name, p in self.student.named_parameters()}
+            self.checkpoints.save(self.progress.now.steps, weights, optimizer, lanes, asdict(self.progress))
+        self.accelerator.wait_for_everyone()
+
+    def _gather_lanes(self) -> dict[str, Tensor]:
+        """The carried states of all lanes of all processes, in lane order: (L, G, H) each."""
+        if not self.states:
+            return {}
+        h, c = (torch.cat([state[i] for _, state in sorted(self.states.items())], 1).float().cpu() for i in (0, 1))
+        parts = gather_object([(h, c)]) if self.accelerator.num_processes > 1 else [(h, c)]
+        return {"h_LGH": torch.cat([p[0] for p in parts], 1), "c_LGH": torch.cat([p[1] for p in parts], 1)}
+
+    def _resume(self) -> Path | None:
+        """Load the newest checkpoint, if any, into student, states and progress; returns its folder."""
+        folder = self.checkpoints.latest() if self.accelerator.is_main_process else None
+        shared = broadcast_object_list([folder])
+        folder = shared[0]
+        if folder is None:
+            self._cut_log(0)
+            return None
+        state = load_state(folder)
+        state.pop("optimizer_groups", None)
+        self.progress = Progress.from_dict({k: v for k, v in state.items() if k in Progress.__dataclass_fields__})
+        weights = load_tensors(folder, "model.safetensors")
+        with torch.no_grad():
+            for name, parameter in self.student.named_parameters():
+                parameter.copy_(weights[name])
+        lanes = load_tensors(folder, "lanes.safetensors")
+        if lanes:
+            share = self.lanes // self.accelerator.num_processes
+            first = self.accelerator.process_index * share
+            for number, start in enumerate(range(first, first + share, self.micro)):
+                h, c = (lanes[key][:, start : start + self.micro].to(self.accelerator.device) for key in ("h_LGH", "c_LGH"))
+                self.states[number] = (h.contiguous(), c.contiguous())
+        self._cut_log(self.progress.now.steps)
+        logger.info("%s: going on from %s", self.name, folder)
+        return folder
+
+    def _cut_log(self, steps: int) -> None:
+        """Forget log lines of steps after the checkpoint: they will be taken again."""
+        if not self.accelerator.is_main_process or not self.log_file.exists():
+            return
+        lines = self.log_file.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= steps]
+        write_atomically(self.log_file, lambda path: path.write_text("".join(f"{line}\n" for line in kept), "utf-8"))
+
+    def _load_best(self) -> None:
+        """Put the best weights into the student."""
+        self.accelerator.wait_for_everyone()
+        best = LSTMForCausalLM.from_pretrained(self.checkpoints.best(self.progress.best_step))
+        self.student.load_state_dict(best.state_dict())
+        self.student.eval()
+
+
+def micro_batch_size(recipe: Recipe, processes: int) -> int:
+    """Lanes per process and forward pass; UserError where the batch cannot be shared out evenly."""
+    share, rest = divmod(recipe.run.batch_size, processes)
+    micro = recipe.run.micro_batch_size or share
+    if rest or share == 0 or share % micro:
+        raise UserError(
+            f"run.batch_size ({recipe.run.batch_size} lanes) must be a multiple of processes ({processes}) x "
+            f"run.micro_batch_size ({micro})"
+        )
+    return micro

@@ -1,0 +1,1 @@
+"""Protocols: what is measured, on what, and how it is reported."""

@@ -1,0 +1,110 @@
+"""A tiny world for tests: a two-layer Llama teacher with its own tokenizer, and a text of 400 documents."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_SILENT", "true")
+ROOT = Path(__file__).resolve().parent.parent
+
+WORDS = (
+    "the a river city mountain king queen old young small great was is in on of and near built found wrote "
+    "north south water stone house book ship song year war peace road bridge tower garden market school"
+).split()
+
+
+@dataclass(frozen=True)
+class World:
+    """Paths of the tiny teacher, its text, and a recipe that joins them."""
+
+    folder: Path
+    teacher: Path
+    text: Path
+    recipe: Path
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("world")
+    rng = random.Random(0)
+    documents = [" ".join(rng.choices(WORDS, k=rng.randint(5, 40))) for _ in range(400)]
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
+
+    vocabulary = {token: index for index, token in enumerate(["<|end|>", "<|unk|>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    teacher = folder / "teacher"
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", unk_token="<|unk|>", pad_token="<|end|>"
+    ).save_pretrained(teacher)
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,  # padded: the tokenizer has fewer
+            hidden_size=24,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.3,
+            eos_token_id=0,
+            bos_token_id=0,
+            pad_token_id=0,
+            tie_word_embeddings=False,
+        )
+    ).save_pretrained(teacher)
+
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(
+        yaml.safe_dump(
+            {
+                "run": {"name": "tiny", "output_dir": str(folder / "runs"), "precision": "fp32", "batch_size": 8},
+                "teacher": {"model": str(teacher), "context": 4, "dtype": "fp32"},
+                "student": {"hidden_size": 16, "num_layers": 1},
+                "corpus": {
+                    "source": str(text),
+                    "block_length": 8,
+                    "validation_fraction": 0.1,
+                    "cache_dir": str(folder / "cache"),
+                },
+                "stages": [
+                    {"objective": "hidden_mse", "freeze": ["embedding", "head"], "length": {"steps": 6}},
+                    {"objective": {"forward_kl": 0.8, "cross_entropy": 0.2}, "length": {"steps": 8}},
+                ],
+                "control": {"match": "tokens"},
+                "evaluation": {"every": {"steps": 4}, "new_tokens": 4, "decode_seconds": 0.1, "prompts": ["the river"]},
+                "tracking": {"tracker": "none", "every": 1},
+            }
+        ),
+        encoding="utf-8",
+    )
+    return World(folder, teacher, text, recipe)
+
+
+def run_command(
+    *arguments: str, launcher: tuple[str, ...] = ("distill/run.py",), cwd: Path = ROOT, timeout: float = 240, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """The real command in a process of its own, on one thread so that sums are added in one order."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    command = [sys.executable, *launcher, *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
