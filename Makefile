@@ -36,7 +36,7 @@ help:  ## list the targets and their variables
 	@echo "  TORCH='torch==X ...' another torch, with any pip options (default: requirements/torch.txt)"
 	@echo "  RECIPE=FILE          what make distill runs ($(RECIPE))"
 	@echo "  ACCELERATE=FILE      where it runs ($(ACCELERATE))"
-	@echo "  ARGS='train.steps=10 ...'  overrides of the recipe"
+	@echo "  ARGS='run.threads=2 ...'  overrides of the recipe"
 	@echo "  THREADS=N            CPU threads ($(THREADS))"
 	@echo "  PYTEST_ARGS='-k name'  options for pytest in make test"
 
@@ -59,7 +59,7 @@ test: install-dev  ## the gate: ruff, mypy, pytest
 check: test  ## another name for make test
 
 docs: install  ## rewrite docs/recipe.md and recipes/schema.json from distill/config.py
-	$(BIN)/python -m distill.config --write
+	$(BIN)/python -m distill.reference --write
 
 clean:  ## remove .venv, builds and caches; runs/ stays
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -29,7 +29,7 @@ from distill.config import UserError
 FOLDER = re.compile(r"step-(\d{8})")
 
 
-def write_atomically(target: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary path beside `target`, flush it to disk, then rename it into place.
 
     Works for files and folders; a folder that exists is replaced. Raises UserError where the disk refuses,
@@ -82,7 +82,7 @@ class Checkpoints:
         lanes: dict[str, Tensor],
         state: dict[str, Any],
     ) -> None:
-        """Write one checkpoint atomically, then drop the oldest beyond `keep` and the bests that none of the kept names.
+        """Write one checkpoint atomically, then drop the oldest beyond `keep`, and bests that none of the kept names.
 
         `model` and `lanes` are tensors by name; `state` must be plain JSON and name its `best_step`; `optimizer`
         is None between two stages.

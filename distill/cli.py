@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         recipe = load_recipe(options.recipe, options.overrides)
         # Heavy imports wait until the recipe is known to be good: a typo is answered at once.
         from distill.job import run
-        from distill.train import Interrupted
+        from distill.progress import Interrupted
 
         try:
             run(recipe)

@@ -75,9 +75,9 @@ class RunConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the student's matrix products (weights stay fp32). `auto`: bf16 where the hardware has it."""
     batch_size: Positive = 16
-    """Lanes: sequences trained side by side over all processes and accumulation steps; each carries its own state."""
+    """Lanes: sequences trained side by side over all processes and accumulation, each with its own state."""
     micro_batch_size: Positive | None = None
-    """Lanes per process and forward pass; the rest of the batch is accumulated. Default: the whole share of a process."""
+    """Lanes per process and forward pass; the rest is accumulated. Default: the whole share of a process."""
     max_grad_norm: PositiveFloat | None = 1.0
     """Gradients are scaled down to this Euclidean norm; null for no clipping."""
     checkpoint_every: Length = Length(minutes=5)
@@ -85,14 +85,14 @@ class RunConfig(Section):
     keep_checkpoints: Positive = 2
     """Latest checkpoints kept; the best one by validation loss is kept besides."""
     threads: Positive | None = None
-    """CPU threads per process; default: what torch chooses (all cores, or OMP_NUM_THREADS)."""
+    """CPU threads per process. Default: the cores that this job may use, shared by its processes on the machine."""
 
 
 class TeacherConfig(Section):
     """The pretrained Transformer that is imitated. It is frozen."""
 
     model: str
-    """Hub id, local folder, path of a `.gguf` file, or `package:DISTRIBUTION/PATH` for a file in an installed package."""
+    """Hub id, local folder, path of a `.gguf` file, or `package:DISTRIBUTION/PATH` for a packaged file."""
     revision: str | None = None
     """Revision of a hub id: branch, tag or commit."""
     dtype: DTypeName = "auto"
@@ -179,8 +179,7 @@ class TargetsConfig(Section):
     through its head. `auto`: hidden where the teacher's head is a plain linear map (verified), else dense."""
 
 
-OBJECTIVES = ("cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse")
-Objective = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse"]
+Term = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse"]
 
 
 class StageConfig(Section):
@@ -189,7 +188,7 @@ class StageConfig(Section):
 
     name: str | None = None
     """Name in logs and curves. Default: the objective's terms."""
-    objective: dict[Objective, PositiveFloat]
+    objective: dict[Term, PositiveFloat]
     """Terms and weights, for example `{forward_kl: 0.9, cross_entropy: 0.1}`; a single name means weight 1.
     `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the generalised
     Jensen-Shannon divergence, `hidden_mse` the squared distance of the student's output to the teacher's final
@@ -226,7 +225,7 @@ class StageConfig(Section):
     @classmethod
     def _not_empty(cls, value: dict[str, float]) -> dict[str, float]:
         if not value:
-            raise ValueError(f"name at least one of {', '.join(OBJECTIVES)}")
+            raise ValueError(f"name at least one of {', '.join(typing.get_args(Term))}")
         return value
 
     @model_validator(mode="after")
@@ -238,6 +237,11 @@ class StageConfig(Section):
     @property
     def label(self) -> str:
         return self.name or "+".join(self.objective)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The objective's terms with their weights."""
+        return {str(term): weight for term, weight in self.objective.items()}
 
     @property
     def needs_teacher(self) -> bool:

@@ -100,11 +100,7 @@ def load_corpus(
         try:
             partial.mkdir(parents=True)
             counts = _build(partial, config, source, tokenizer, separator, progress)
-            report = {
-                "source": config.source,
-                "fingerprint": fingerprint,
-                "ingredients": ingredients,
-            } | counts
+            report = {"source": config.source, "ingredients": ingredients, **counts}
             (partial / "corpus.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             _install(partial, folder)
         except OSError as error:

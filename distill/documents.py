@@ -49,11 +49,13 @@ class Source:
 
     def __iter__(self) -> Iterator[str]:
         for value, share in self.raw:
+            self.share = share
             if not isinstance(value, str) or not value.strip():
                 self.skipped += 1
                 continue
             self.found += 1
-            self.share = max(share, self.found / self.max_documents) if self.max_documents else share
+            if self.max_documents:
+                self.share = max(share, self.found / self.max_documents)
             # JSON can spell lone surrogates, which are no text: "?" takes their place.
             yield value.encode("utf-8", "replace").decode("utf-8")
             if self.found == self.max_documents:
@@ -216,9 +218,7 @@ def _column(records: Iterable[Any], field: str, where: object) -> Iterator[objec
     """One field of each record. The first record must have it; None where a later one has not."""
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
-            raise UserError(
-                f"corpus.source: {where}: expected records with named fields, found {record!r:.30}"
-            )
+            raise UserError(f"corpus.source: {where}: expected records with named fields, found {record!r:.30}")
         if number == 1:
             _require(field, list(record), where)
         yield record.get(field)

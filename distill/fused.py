@@ -108,7 +108,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             z_compute, weight_compute = z_Nd.to(compute), weight_Vd.to(compute)
             grad_z = torch.empty_like(z_Nd) if need_z else None
             grad_weight = torch.zeros_like(weight_Vd, dtype=torch.float32) if need_weight else None
-            grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias else None
+            grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias and bias_V is not None else None
             totals: dict[str, Tensor] = {}
             for start in range(0, len(z_Nd), CHUNK_TOKENS):
                 rows = slice(start, start + CHUNK_TOKENS)

@@ -49,15 +49,21 @@ def publish(recipe: Recipe, result: dict[str, Any]) -> str:
 
 def write_card(recipe: Recipe, result: dict[str, Any], folder: Path) -> None:
     """Write the model card `README.md` into a student's folder."""
-    hub_teacher = "/" in recipe.teacher.model and ":" not in recipe.teacher.model and not Path(recipe.teacher.model).exists()
+    hub_teacher = (
+        "/" in recipe.teacher.model and ":" not in recipe.teacher.model and not Path(recipe.teacher.model).exists()
+    )
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["potstill", "lstm", "distillation"],
         base_model=recipe.teacher.model if hub_teacher else None,
     )
-    rows = table_rows(result)
-    table = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0]), *(" | ".join(row.values()) for row in rows)]
+    rows, place = table_rows(result), recipe.publishing.repo or "PATH"
+    table = [
+        " | ".join(rows[0]),
+        " | ".join("---" for _ in rows[0]),
+        *(" | ".join(row.values()) for row in rows),
+    ]
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# {recipe.run.name}: an LSTM distilled from {recipe.teacher.model}",
@@ -65,8 +71,8 @@ def write_card(recipe: Recipe, result: dict[str, Any], folder: Path) -> None:
         f"{result['student']['tokens']:,} tokens of {recipe.corpus.source}:",
         "\n".join(f"| {row} |" for row in table),
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{recipe.publishing.repo or "PATH"}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{recipe.publishing.repo or "PATH"}", trust_remote_code=True)\n```',
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
+        f'model = AutoModelForCausalLM.from_pretrained("{place}", trust_remote_code=True)\n```',
         f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```",
     ]
     write_atomically(folder / "README.md", lambda path: path.write_text("\n\n".join(lines) + "\n", encoding="utf-8"))

@@ -10,8 +10,8 @@ import json
 import logging
 import os
 import time
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ from accelerate.utils import set_seed
 from distill.checkpoint import write_atomically, write_json
 from distill.config import Length, Recipe, StageConfig, UserError, dump_recipe
 from distill.corpus import Blocks, Corpus, Split, load_corpus
-from distill.metrics import Documents, Reference, Score, build_reference, score, score_reference
+from distill.metrics import Documents, Score, build_reference, reading_window, score, score_reference
+from distill.progress import Progress
 from distill.result import compare, plot_curves, print_result, table_rows, versions
 from distill.samples import continuations, decode_speed
 from distill.student import LSTMForCausalLM
 from distill.teacher import LanguageModel, hardware_has_bf16, load_teacher, wrap
 from distill.tracking import Tracker
-from distill.train import Progress, Training, micro_batch_size
+from distill.train import Training, micro_batch_size
 from distill.transplant import build_student
 
 logger = logging.getLogger(__name__)
@@ -76,8 +77,7 @@ class _Job:
         with self._timed("teacher_loading"), self.accelerator.main_process_first():
             teacher = load_teacher(recipe.teacher, self.accelerator.device)
             teacher.check_window(
-                max(recipe.teacher.context + recipe.corpus.block_length, recipe.evaluation.window),
-                packed=recipe.corpus.reset_at_documents,
+                recipe.teacher.context + recipe.corpus.block_length, packed=recipe.corpus.reset_at_documents
             )
         with self._timed("corpus"), self.accelerator.main_process_first():
             corpus = load_corpus(recipe.corpus, teacher.tokenizer, progress=self.accelerator.is_main_process)
@@ -86,12 +86,16 @@ class _Job:
         blocks = Blocks(
             corpus.train, recipe.corpus.block_length, recipe.teacher.context, recipe.corpus.reset_at_documents
         )
-        shared = {"recipe": recipe, "blocks": blocks, "validate": validator, "tracker": self.tracker}
+        shared: dict[str, Any] = {"recipe": recipe, "blocks": blocks, "validate": validator, "tracker": self.tracker}
         kind = "hidden" if recipe.targets.signal == "auto" else recipe.targets.signal
 
         with self._timed("student"):
             network = build_student(
-                recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=recipe.student.transplant
+                recipe.student,
+                teacher,
+                corpus.separator_id,
+                seed=recipe.run.seed,
+                transplant=recipe.student.transplant,
             )
             training = Training(
                 "student", stages=recipe.stages, student=network, teacher=teacher, signal_kind=kind,
@@ -192,23 +196,28 @@ class Validator:
         self.evaluation, self.accelerator, self.tokenizer = recipe.evaluation, accelerator, teacher.tokenizer
         self.documents = select_documents(corpus.validation, recipe.evaluation.max_tokens)
         self.share = _every(self.documents, accelerator.process_index, accelerator.num_processes)
-        evaluation = recipe.evaluation
-        self.reference: Reference = build_reference(
-            teacher, self.share, window=evaluation.window, context=evaluation.context, batch_tokens=evaluation.batch_tokens
+        window, context = reading_window(teacher, recipe.evaluation)
+        self.reference = build_reference(
+            teacher, self.share, window=window, context=context, batch_tokens=recipe.evaluation.batch_tokens
         )
         self.teacher_score = self._over_all(score_reference(self.reference, self.share))
         uniform = torch.tensor(float(teacher.vocab_size)).log().item()
-        if self.teacher_score.nll_nats > uniform:
+        if self.teacher_score.nll_nats > uniform + 1:
             raise UserError(
-                f"teacher {teacher.name}: its validation loss is {self.teacher_score.nll_nats:.2f} nats a token, worse "
-                f"than a guess among {teacher.vocab_size} tokens ({uniform:.2f}); its tokenizer and its head do not match"
+                f"teacher {teacher.name}: its validation loss is {self.teacher_score.nll_nats:.2f} nats a token, far "
+                f"worse than a guess among {teacher.vocab_size} tokens ({uniform:.2f}); its tokenizer and head do not "
+                "belong together, or the text is none of its kind"
             )
 
     def __call__(self, student: LSTMForCausalLM) -> Score:
         student.eval()
         model = wrap(student, self.tokenizer, "student")
         local = score(
-            model, self.share, window=None, batch_tokens=self.evaluation.batch_tokens, reference=self.reference
+            model,
+            self.share,
+            window=None,
+            batch_tokens=self.evaluation.batch_tokens,
+            reference=self.reference,
         )
         return self._over_all(local)
 
@@ -233,7 +242,8 @@ class Validator:
 
 def select_documents(split: Split, max_tokens: int | None) -> Documents:
     """The first whole documents of a split that fit into `max_tokens` targets, at least one."""
-    chosen, total = [], 0
+    chosen: list[int] = []
+    total = 0
     for number in range(len(split)):
         size = len(split.document(number)) - 1
         if chosen and max_tokens is not None and total + size > max_tokens:
@@ -266,15 +276,27 @@ def _control_stage(recipe: Recipe, student: Progress) -> StageConfig:
 
 
 def _accelerator(recipe: Recipe) -> Accelerator:
-    if recipe.run.threads:
-        torch.set_num_threads(recipe.run.threads)
     torch.set_flush_denormal(True)  # saturated LSTM gates make denormals, which are slow on CPUs
     log_with = "wandb" if recipe.tracking.tracker == "wandb" else None
     precision = recipe.run.precision
     if precision == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         precision = "bf16" if hardware_has_bf16(device) else "fp32"
-    accelerator = Accelerator(mixed_precision="bf16" if precision == "bf16" else "no", log_with=log_with)
+    accelerator = Accelerator(
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        log_with=log_with,
+        cpu=not torch.accelerator.is_available(),
+    )
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise UserError(
+            f"launched as one of {world} processes, but accelerate sees {accelerator.num_processes}; several on "
+            "a CPU are started by python -m distill.launch --processes N RECIPE"
+        )
+    # A launcher that sets one thread for one process (accelerate does) would leave the other cores idle.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(recipe.run.threads or max(1, cores // local))
     set_seed(recipe.run.seed)
     level = logging.INFO if accelerator.is_main_process else logging.ERROR
     logging.getLogger("distill").setLevel(level)
@@ -293,8 +315,11 @@ def _claim_folder(recipe: Recipe, accelerator: Accelerator) -> None:
             raise UserError(f"run folder {folder}: cannot be made: {error}; choose another run.output_dir") from None
         if not os.access(folder, os.W_OK):
             raise UserError(f"run folder {folder}: not writable; choose another run.output_dir")
-        if file.is_file():
-            differences = _differences(yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(dump_recipe(recipe)))
+        begun = (folder / "checkpoints").is_dir() or (folder / "result.json").is_file()
+        if begun and file.is_file():
+            differences = _differences(
+                yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(dump_recipe(recipe))
+            )
             if differences:
                 raise UserError(
                     f"run folder {folder} belongs to another recipe; choose another run.name, or delete it:\n  "

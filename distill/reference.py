@@ -1,7 +1,7 @@
 """The recipe's reference, made from the models: `docs/recipe.md`, `recipes/schema.json`, and `--help`.
 
-    python -m distill.reference --write     # rewrite both files
-    python -m distill.reference --check     # exit code 1 if they are out of date
+python -m distill.reference --write     # rewrite both files
+python -m distill.reference --check     # exit code 1 if they are out of date
 """
 
 from __future__ import annotations
@@ -76,7 +76,10 @@ def main() -> int:
     action.add_argument("--check", action="store_true", help="exit code 1 if they are out of date")
     options = parser.parse_args()
     stale = []
-    for file, content in ((ROOT / "docs/recipe.md", fields_as_markdown()), (ROOT / "recipes/schema.json", schema())):
+    for file, content in (
+        (ROOT / "docs/recipe.md", fields_as_markdown()),
+        (ROOT / "recipes/schema.json", schema()),
+    ):
         if options.write:
             file.parent.mkdir(exist_ok=True)
             file.write_text(content, encoding="utf-8")

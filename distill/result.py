@@ -35,7 +35,10 @@ def compare(student: Points, control: Points) -> dict[str, Any]:
     return {
         "distillation_gain_nats": best_control["nll_nats"] - best_student["nll_nats"],
         "time_to_control_loss": None if reached is None else reached / best_control["seconds"],
-        "at_equal_tokens": {"tokens": tokens, **{f"{name}_nll_nats": value for name, value in at_tokens.items()}},
+        "at_equal_tokens": {
+            "tokens": tokens,
+            **{f"{name}_nll_nats": value for name, value in at_tokens.items()},
+        },
     }
 
 
@@ -120,7 +123,10 @@ def plot_curves(result: dict[str, Any], target: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
-    scales = (("seconds", 1 / 60, "training time (minutes, teacher included)"), ("tokens", 1e-3, "training tokens (thousands)"))
+    scales = (
+        ("seconds", 1 / 60, "training time (minutes, teacher included)"),
+        ("tokens", 1e-3, "training tokens (thousands)"),
+    )
     for axis, (key, scale, label) in zip(axes, scales, strict=True):
         for name, colour in (("control", "#c1622d"), ("student", "#1f5fa8")):
             points = result["curves"].get(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 
@@ -30,7 +31,7 @@ def continuations(
 def decode_speed(model: LanguageModel, separator_id: int, seconds: float, new_tokens: int = 32) -> float:
     """Tokens a second of greedy `generate` at batch 1, the median of repetitions that fill `seconds`."""
     prompt_1T = _prompt(model, "The", separator_id)
-    rates = []
+    rates: list[float] = []
     began = time.perf_counter()
     while len(rates) < 2 or time.perf_counter() - began < seconds:
         started = time.perf_counter()
@@ -49,11 +50,11 @@ def _prompt(model: LanguageModel, text: str, separator_id: int) -> torch.Tensor:
 
 def _generate(model: LanguageModel, prompt_1T: torch.Tensor, new_tokens: int, **extra: object) -> str:
     with torch.inference_mode():
-        output = model.model.generate(
+        output = cast(Any, model.model).generate(
             prompt_1T,
             attention_mask=torch.ones_like(prompt_1T),
             max_new_tokens=new_tokens,
             pad_token_id=int(prompt_1T[0, 0]),
             **extra,
         )
-    return model.tokenizer.decode(output[0, prompt_1T.shape[1] :], skip_special_tokens=True)
+    return str(model.tokenizer.decode(output[0, prompt_1T.shape[1] :], skip_special_tokens=True))

@@ -12,11 +12,13 @@ import math
 def learning_rate_factor(progress: float, schedule: str, warmup: float, final: float) -> float:
     """Factor on the peak learning rate: linear warm-up from near 0, then the schedule down to `final`.
 
-    `wsd` (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays at 1 until the last fifth.
+    `wsd` (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) stays at 1 until the last fifth. A stage
+    that is over (progress above 1) stays where it ended.
     """
     if progress < warmup:
         return max(progress / warmup, 1e-3)
-    rest = min(1.0, (progress - warmup) / (1 - warmup))
+    progress = min(progress, 1.0)
+    rest = (progress - warmup) / (1 - warmup)
     match schedule:
         case "constant":
             return 1.0
@@ -25,7 +27,8 @@ def learning_rate_factor(progress: float, schedule: str, warmup: float, final: f
         case "cosine":
             down = 0.5 * (1 - math.cos(math.pi * rest))
         case "wsd":
-            down = max(0.0, (progress - 0.8) / 0.2)
+            decay = max(0.8, warmup)
+            down = max(0.0, (progress - decay) / (1 - decay))
         case _:
             raise ValueError(f"unknown schedule {schedule!r}")
     return 1 - (1 - final) * down

@@ -27,9 +27,7 @@ class Head:
 
     def logits(self, hidden_Nd: Tensor) -> Tensor:
         """(N, d) -> (N, V) in fp32; the matrix product runs in the weight's own type."""
-        logits_NV = torch.nn.functional.linear(
-            hidden_Nd.to(self.weight_Vd.dtype), self.weight_Vd, self.bias_V
-        ).float()
+        logits_NV = torch.nn.functional.linear(hidden_Nd.to(self.weight_Vd.dtype), self.weight_Vd, self.bias_V).float()
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:

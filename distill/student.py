@@ -156,9 +156,7 @@ class LSTMCache:
     def crop(self, tokens_to_remove: int) -> None:
         """Refuse to rewind (NotImplementedError): (h, c) of earlier positions is not kept."""
         if tokens_to_remove != 0:
-            raise NotImplementedError(
-                "an LSTM state has no history; keep copy.copy(cache) from before instead"
-            )
+            raise NotImplementedError("an LSTM state has no history; keep copy.copy(cache) from before instead")
 
 
 class LSTMBlock(nn.Module):
@@ -171,9 +169,7 @@ class LSTMBlock(nn.Module):
         self.output_dropout = config.output_dropout
         self.recurrent_dropout = config.recurrent_dropout
 
-    def forward(
-        self, x_BTH: Tensor, state: LayerState | None, pieces: list[Piece]
-    ) -> tuple[Tensor, LayerState]:
+    def forward(self, x_BTH: Tensor, state: LayerState | None, pieces: list[Piece]) -> tuple[Tensor, LayerState]:
         normed_BTH = self.norm(x_BTH)
         # A state read under autocast is bf16, without it the weights' dtype; nn.LSTM wants that of its input.
         zero_1BH = normed_BTH.new_zeros(1, *normed_BTH[:, 0].shape)
@@ -374,8 +370,7 @@ def _cut(reset_BT: Tensor | None, T: int) -> list[Piece]:
     if not begins or begins[0] != 0:
         begins.insert(0, 0)
     return [
-        (begin, end, reset_BT[:, begin].view(1, -1, 1))
-        for begin, end in zip(begins, [*begins[1:], T], strict=True)
+        (begin, end, reset_BT[:, begin].view(1, -1, 1)) for begin, end in zip(begins, [*begins[1:], T], strict=True)
     ]
 
 

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
@@ -73,6 +74,11 @@ class LanguageModel:
         """Bytes of the parameters as loaded, tied ones once."""
         return sum(p.numel() * p.element_size() for p in self.model.parameters())
 
+    @property
+    def longest_window(self) -> float:
+        """Tokens that the model can read at once; infinite for a recurrent one."""
+        return getattr(self.model.config, "max_position_embeddings", None) or float("inf")
+
     def hidden(self, input_ids_BW: Tensor, position_ids_BW: Tensor | None = None) -> Tensor:
         """Final hidden states (B, W, d), after the last norm."""
         with torch.inference_mode():
@@ -94,11 +100,10 @@ class LanguageModel:
 
     def check_window(self, window: int, packed: bool) -> None:
         """Raise UserError where windows are longer than the model allows, or packed documents are not kept apart."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and window > limit:
+        if window > self.longest_window:
             raise UserError(
-                f"teacher {self.name}: windows of {window} tokens (teacher.context + corpus.block_length, or "
-                f"evaluation.window) exceed its limit of {limit}"
+                f"teacher {self.name}: windows of {window} tokens (teacher.context + corpus.block_length) exceed its "
+                f"limit of {self.longest_window}"
             )
         if packed:
             # What stands in one document must not change the next one by a single bit.
@@ -148,7 +153,11 @@ def load_language_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **loading)
         network = AutoModelForCausalLM.from_pretrained(
-            source, dtype=torch_dtype, device_map=device_map, attn_implementation=attn_implementation, **loading
+            source,
+            dtype=torch_dtype,
+            device_map=device_map,
+            attn_implementation=attn_implementation,
+            **loading,
         )
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -157,7 +166,7 @@ def load_language_model(
             "model with its tokenizer, a .gguf file, or package:DISTRIBUTION/PATH)"
         ) from None
     if device_map is None:
-        network.to(device)
+        cast(torch.nn.Module, network).to(device)
     network.eval().requires_grad_(False)
     return wrap(network, tokenizer, model, role)
 
@@ -223,7 +232,8 @@ def _convert_gguf(path: Path, role: str) -> Path:
     config = packed.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    plain = type(packed)(config).to(torch.bfloat16)
+    plain: Any = type(packed)(config)
+    plain = plain.to(torch.bfloat16)
     plain.load_state_dict(packed.state_dict())
     plain.generation_config = packed.generation_config
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -251,7 +261,8 @@ def _shared_vocabulary(network: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     token are cut off, but only when every id below is a token of its own.
     """
     ids = tokenizer.get_vocab()
-    output, embedding = network.get_output_embeddings(), network.get_input_embeddings()
+    output: Any = network.get_output_embeddings()
+    embedding: Any = network.get_input_embeddings()
     if output is None or not ids:
         raise UserError(f"{who}: expected a causal model with an output head and a tokenizer with a vocabulary")
     by_id = {index: token for token, index in ids.items()}

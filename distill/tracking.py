@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ class Tracker:
         if identity.is_file():
             run_id = json.loads(identity.read_text(encoding="utf-8"))["id"]
         else:
-            run_id = wandb.util.generate_id()
+            run_id = secrets.token_hex(4)
             identity.write_text(json.dumps({"id": run_id}), encoding="utf-8")
         mode = os.environ.get("WANDB_MODE")
         if mode is None and not wandb.login(prompt=False):
@@ -87,7 +88,11 @@ class Tracker:
             import wandb
 
             self._run.summary.update(
-                {name: result[name] for name in ("student", "control", "teacher", "distillation_gain_nats") if name in result}
+                {
+                    name: result[name]
+                    for name in ("student", "control", "teacher", "distillation_gain_nats")
+                    if name in result
+                }
             )
             self._run.log({"curves": wandb.Image(str(picture))})
             artifact = wandb.Artifact(f"{self._run.id}-result", type="result")
@@ -107,7 +112,7 @@ class Tracker:
         def send() -> None:
             import wandb
 
-            columns = list(rows[0])
+            columns: list[Any] = list(rows[0])
             self._run.log({name: wandb.Table(columns=columns, data=[[str(row[c]) for c in columns] for row in rows])})
 
         if rows:

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import json
 import logging
-import signal as signals
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,81 +30,17 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from distill.checkpoint import Checkpoints, load_state, load_tensors, restore_optimizer, write_atomically
-from distill.config import Length, Recipe, StageConfig, UserError
+from distill.config import Recipe, StageConfig, UserError
 from distill.corpus import Blocks, lane_order
 from distill.fused import Objective, State, StudentWithLoss
 from distill.metrics import Score
+from distill.progress import Clock, Interrupted, Progress, StopFlag
 from distill.schedule import learning_rate_factor
 from distill.student import LSTMForCausalLM
 from distill.teacher import LanguageModel
 from distill.tracking import Tracker
 
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C arrived; everything is saved. `signum` is the signal's number."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(f"stopped by {signals.Signals(signum).name}; everything is saved")
-        self.signum = signum
-
-
-@dataclass
-class Clock:
-    """A position in a training: optimizer steps, target tokens, seconds of training."""
-
-    steps: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def share(self, length: Length, since: Clock) -> float:
-        """How much of `length` has passed since then; 1 or more when it is over."""
-        if length.steps is not None:
-            return (self.steps - since.steps) / length.steps
-        if length.tokens is not None:
-            return (self.tokens - since.tokens) / length.tokens
-        assert length.minutes is not None
-        return (self.seconds - since.seconds) / (60 * length.minutes)
-
-
-@dataclass
-class Progress:
-    """Where a training stands, as it lies in a checkpoint."""
-
-    stage: int = 0
-    now: Clock = field(default_factory=Clock)
-    stage_start: Clock = field(default_factory=Clock)
-    last_validation: Clock = field(default_factory=Clock)
-    teacher_seconds: float = 0.0
-    points: list[dict[str, Any]] = field(default_factory=list)
-    best_nll_nats: float | None = None
-    best_step: int = 0
-    stale: int = 0  # validations of this stage in a row that brought nothing
-    done: bool = False
-
-    @classmethod
-    def from_dict(cls, raw: dict[str, Any]) -> Progress:
-        clocks = {name: Clock(**raw[name]) for name in ("now", "stage_start", "last_validation")}
-        return cls(**{**raw, **clocks})
-
-
-class StopFlag:
-    """Remembers SIGTERM and SIGINT while a training runs, so that it can save and leave between two steps."""
-
-    def __init__(self) -> None:
-        self.signum = 0
-
-    def __enter__(self) -> StopFlag:
-        self._before = {s: signals.signal(s, self._remember) for s in (signals.SIGTERM, signals.SIGINT)}
-        return self
-
-    def _remember(self, signum: int, frame: Any) -> None:
-        self.signum = signum
-
-    def __exit__(self, *exc: object) -> None:
-        for signum, handler in self._before.items():
-            signals.signal(signum, handler)
 
 
 class Training:
@@ -162,47 +97,45 @@ class Training:
             state = load_state(resumed)
             if state["optimizer_groups"]:
                 restore_optimizer(optimizer, resumed, state)
-        objective = Objective(dict(stage.objective), stage.temperature, stage.jsd_beta)
+        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta)
         last_saved = Clock(**asdict(progress.now))
-        bar = self._bar(stage)
-        while True:
-            now = progress.now
-            share = now.share(stage.length, progress.stage_start)
-            if share >= 1 or self._out_of_patience():
-                break
-            factor = learning_rate_factor(share, stage.schedule, stage.warmup, stage.final_learning_rate)
-            for group in optimizer.param_groups:
-                group["lr"] = stage.learning_rate * factor
-            began = time.perf_counter()
-            logging_step = (now.steps + 1) % self.recipe.tracking.every == 0
-            sums, grad_norm, teacher_seconds = self._step(model, optimizer, stage, objective)
-            if logging_step and accelerator.device.type == "cuda":
-                torch.cuda.synchronize()  # so that the clock sees the work, not its queue
-            seconds, signum = self._agree(time.perf_counter() - began, stop.signum)
-            progress.teacher_seconds += teacher_seconds
-            now.steps, now.tokens, now.seconds = (
-                now.steps + 1,
-                now.tokens + self.tokens_per_step,
-                now.seconds + seconds,
-            )
-            if logging_step:
-                self._log(stage, sums, grad_norm, seconds, teacher_seconds, stage.learning_rate * factor)
-            self._advance(bar, stage, sums)
-            if (
-                now.share(self.recipe.evaluation.every, progress.last_validation) >= 1
-                or now.tokens == self.validate_at_tokens
-            ):
-                self._validate(stage)
-            if signum:
-                bar.close()
-                self._save(optimizer)
-                raise Interrupted(signum)
-            if now.share(self.recipe.run.checkpoint_every, last_saved) >= 1:
-                self._save(optimizer)
-                last_saved = Clock(**asdict(now))
+        with self._bar(stage) as bar:
+            while True:
+                now = progress.now
+                share = now.share(stage.length, progress.stage_start)
+                if share >= 1 or self._out_of_patience():
+                    break
+                factor = learning_rate_factor(share, stage.schedule, stage.warmup, stage.final_learning_rate)
+                for group in optimizer.param_groups:
+                    group["lr"] = stage.learning_rate * factor
+                began = time.perf_counter()
+                logging_step = (now.steps + 1) % self.recipe.tracking.every == 0
+                sums, grad_norm, teacher_seconds = self._step(model, optimizer, stage, objective)
+                if logging_step and accelerator.device.type == "cuda":
+                    torch.cuda.synchronize()  # so that the clock sees the work, not its queue
+                seconds, signum = self._agree(time.perf_counter() - began, stop.signum)
+                progress.teacher_seconds += teacher_seconds
+                now.steps, now.tokens, now.seconds = (
+                    now.steps + 1,
+                    now.tokens + self.tokens_per_step,
+                    now.seconds + seconds,
+                )
+                if logging_step:
+                    self._log(stage, sums, grad_norm, seconds, teacher_seconds, stage.learning_rate * factor)
+                self._advance(bar, stage, sums)
+                if (
+                    now.share(self.recipe.evaluation.every, progress.last_validation) >= 1
+                    or now.tokens == self.validate_at_tokens
+                ):
+                    self._validate(stage)
+                if signum:
+                    self._save(optimizer)
+                    raise Interrupted(signum)
+                if now.share(self.recipe.run.checkpoint_every, last_saved) >= 1:
+                    self._save(optimizer)
+                    last_saved = Clock(**asdict(now))
         if progress.last_validation.steps != progress.now.steps or not progress.points:
             self._validate(stage)
-        bar.close()
         progress.stage, progress.stale = progress.stage + 1, 0
         progress.stage_start = Clock(**asdict(progress.now))
         progress.done = progress.stage == len(self.stages)
@@ -213,7 +146,7 @@ class Training:
     def _step(
         self, model: torch.nn.Module, optimizer: Any, stage: StageConfig, objective: Objective
     ) -> tuple[dict[str, Tensor], Tensor, float]:
-        """One optimizer step over all lanes; returns the terms' sums of this process, the gradient norm, teacher's seconds."""
+        """One optimizer step over all lanes: the terms' sums of this process, the gradient norm, teacher's seconds."""
         accelerator, steps = self.accelerator, self.progress.now.steps
         # Dropout's random numbers follow from seed, step and process: nothing to save, nothing to restore.
         torch.manual_seed(((self.recipe.run.seed * 1_000_003 + steps) * 4_096 + accelerator.process_index) % 2**63)
@@ -303,18 +236,25 @@ class Training:
         embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
         tied = embedding.weight is head.weight
         if tied and len(stage.freeze & {"embedding", "head"}) == 1:
-            raise UserError(f"stage {stage.label}: embedding and head are tied (as in the teacher); freeze both or neither")
+            raise UserError(
+                f"stage {stage.label}: embedding and head are tied (as in the teacher); freeze both or neither"
+            )
         parts = {id(p): "embedding" for p in embedding.parameters()}
         parts.update({id(p): "head" for p in head.parameters() if not (tied and p is head.weight)})
         # A head that no term reads would get no gradient, which DDP takes for an error: it rests as well.
-        resting = stage.freeze | (set() if Objective(dict(stage.objective)).needs_logits else {"head"})
+        resting = stage.freeze | (set() if Objective(stage.weights).needs_logits else {"head"})
         for parameter in student.parameters():
             parameter.requires_grad_(parts.get(id(parameter), "body") not in resting)
             parameter.grad = None
-        decayed = [p for p in student.parameters() if p.requires_grad and p.ndim >= 2 and parts.get(id(p)) != "embedding"]
+        decayed = [
+            p for p in student.parameters() if p.requires_grad and p.ndim >= 2 and parts.get(id(p)) != "embedding"
+        ]
         chosen = {id(p) for p in decayed}
         others = [p for p in student.parameters() if p.requires_grad and id(p) not in chosen]
-        groups = [{"params": decayed, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        groups = [
+            {"params": decayed, "weight_decay": stage.weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
         groups = [group for group in groups if group["params"]]
         optimizer: torch.optim.Optimizer
         if stage.optimizer == "sgd":
@@ -333,7 +273,7 @@ class Training:
         progress, now = self.progress, self.progress.now
         self.student.eval()
         score = self.validate(self.student)
-        point = {
+        point: dict[str, Any] = {
             "stage": progress.stage,
             "stage_name": stage.label,
             "step": now.steps,
@@ -366,13 +306,19 @@ class Training:
         return patience is not None and self.progress.stale >= patience
 
     def _log(
-        self, stage: StageConfig, sums: dict[str, Tensor], grad_norm: Tensor, seconds: float, teacher_seconds: float, lr: float
+        self,
+        stage: StageConfig,
+        sums: dict[str, Tensor],
+        grad_norm: Tensor,
+        seconds: float,
+        teacher_seconds: float,
+        lr: float,
     ) -> None:
         """Losses of this step over all processes, to the tracker and to the run's own log file."""
         total = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
         terms = dict(zip(sums, (total / self.tokens_per_step).tolist(), strict=True))
         values = {
-            "loss": sum(stage.objective[term] * value for term, value in terms.items()),  # type: ignore[index]
+            "loss": sum(stage.weights[term] * value for term, value in terms.items()),
             **{f"loss_{term}": value for term, value in terms.items()},
             "learning_rate": lr,
             "grad_norm": grad_norm.item(),
@@ -383,7 +329,13 @@ class Training:
         now = self.progress.now
         self.tracker.log({**{f"train/{self.name}/{k}": v for k, v in values.items()}, "tokens": now.tokens})
         if self.accelerator.is_main_process:
-            row = {"step": now.steps, "tokens": now.tokens, "seconds": now.seconds, "stage": self.progress.stage, **values}
+            row = {
+                "step": now.steps,
+                "tokens": now.tokens,
+                "seconds": now.seconds,
+                "stage": self.progress.stage,
+                **values,
+            }
             try:
                 with self.log_file.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(row) + "\n")
@@ -466,7 +418,9 @@ class Training:
             share = self.lanes // self.accelerator.num_processes
             first = self.accelerator.process_index * share
             for number, start in enumerate(range(first, first + share, self.micro)):
-                h, c = (lanes[key][:, start : start + self.micro].to(self.accelerator.device) for key in ("h_LGH", "c_LGH"))
+                h, c = (
+                    lanes[key][:, start : start + self.micro].to(self.accelerator.device) for key in ("h_LGH", "c_LGH")
+                )
                 self.states[number] = (h.contiguous(), c.contiguous())
         self._cut_log(self.progress.now.steps)
         logger.info("%s: going on from %s", self.name, folder)

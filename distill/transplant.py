@@ -6,7 +6,10 @@ only has to learn to point into the teacher's space.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
+from torch import Tensor
 
 from distill.config import StudentConfig, UserError
 from distill.student import LSTMConfig, LSTMForCausalLM
@@ -20,7 +23,7 @@ def build_student(
 
     With `transplant`, embedding, head and head bias are the teacher's.
     """
-    embedding = teacher.model.get_input_embeddings().weight
+    embedding: Tensor = cast(Any, teacher.model.get_input_embeddings()).weight
     if transplant and embedding.shape[1] != teacher.width:
         raise UserError(
             f"student.transplant: the teacher's embedding is {embedding.shape[1]} wide and its head {teacher.width}; "
@@ -48,7 +51,7 @@ def build_student(
         student = LSTMForCausalLM(shape)
     if transplant:
         with torch.no_grad():
-            student.get_input_embeddings().weight.copy_(embedding[: teacher.vocab_size])
+            student.model.embed_tokens.weight.copy_(embedding[: teacher.vocab_size])
             if not tied:
                 # A softcap is left out and a scale folded in: the student's head is plain.
                 student.lm_head.weight.copy_(teacher.head.weight_Vd.float() * teacher.head.scale)

@@ -17,6 +17,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,33 +31,26 @@ from distill.config import CorpusConfig, EvaluationConfig, UserError, load_recip
 from distill.corpus import load_corpus, separator_id
 from distill.documents import open_documents
 from distill.job import select_documents
-from distill.metrics import Documents, Score, score
+from distill.metrics import Documents, Score, reading_window, score
 from distill.student import LSTMForCausalLM
 from distill.teacher import LanguageModel, load_language_model
 
 
 def evaluate(model: LanguageModel, documents: Documents, evaluation: EvaluationConfig) -> Score:
     """Score documents: a recurrent student whole, any other model in overlapping windows."""
-    whole = isinstance(model.model, LSTMForCausalLM)
-    limit = getattr(model.model.config, "max_position_embeddings", None) or evaluation.window
-    window = min(evaluation.window, limit)
-    return score(
-        model,
-        documents,
-        window=None if whole else window,
-        context=min(evaluation.context, window - 1),
-        batch_tokens=evaluation.batch_tokens,
-    )
+    window, context = reading_window(model, evaluation)
+    return score(model, documents, window=window, context=context, batch_tokens=evaluation.batch_tokens)
 
 
-def corpus_documents(
-    corpus: CorpusConfig, split: str, model: LanguageModel, max_tokens: int | None
-) -> Documents:
+def corpus_documents(corpus: CorpusConfig, split: str, model: LanguageModel, max_tokens: int | None) -> Documents:
     """Documents of one split as the training sees it (`train`, `validation`, `test`), or `all` of the text."""
     if split != "all":
         return select_documents(getattr(load_corpus(corpus, model.tokenizer), split), max_tokens)
     separator = separator_id(model.tokenizer, corpus.separator)
-    tokens, utf8_bytes, words, total = [], [], [], 0
+    tokens: list[np.ndarray] = []
+    utf8_bytes: list[int] = []
+    words: list[int] = []
+    total = 0
     for text in open_documents(corpus):
         ids = model.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if tokens and max_tokens is not None and total + len(ids) > max_tokens:
@@ -72,11 +66,17 @@ def corpus_documents(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m eval.perplexity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m eval.perplexity",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("models", nargs="+", metavar="MODEL")
     parser.add_argument("--corpus", required=True, help="a recipe, a run folder, or a text source")
-    parser.add_argument("--split", choices=["validation", "test", "train", "all"], help="default: validation of a recipe, all of a text")
+    parser.add_argument(
+        "--split",
+        choices=["validation", "test", "train", "all"],
+        help="default: validation of a recipe, all of a text",
+    )
     parser.add_argument("--text-field", default="text", help="field of a text source's records")
     parser.add_argument("--separator", help="token that starts a document (default: the tokenizer's end of text)")
     parser.add_argument("--window", type=int, help="longest stretch that a Transformer reads, in tokens")
@@ -96,7 +96,7 @@ def _run(options: argparse.Namespace) -> int:
     corpus, evaluation, from_recipe = _settings(options)
     split = options.split or ("validation" if from_recipe else "all")
     device = Accelerator().device
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in tqdm(options.models, desc="models", disable=len(options.models) == 1):
         model = load_language_model(
             name, device=device, dtype=options.dtype, trust_remote_code=options.trust_remote_code
@@ -105,7 +105,11 @@ def _run(options: argparse.Namespace) -> int:
             model = load_language_model(name, device=device, dtype="fp32")  # as the training validates it
         documents = corpus_documents(corpus, split, model, evaluation.max_tokens)
         result = evaluate(model, documents, evaluation).as_dict()
-        rows[name] = {**result, "parameters": model.parameters, "dtype": str(model.model.dtype).removeprefix("torch.")}
+        rows[name] = {
+            **result,
+            "parameters": model.parameters,
+            "dtype": str(model.model.dtype).removeprefix("torch."),
+        }
     table = Table(title=f"{corpus.source}, {split}; window {evaluation.window}, context {evaluation.context}")
     table.add_column("model")
     for heading in ("perplexity", "per word", "bits/byte", "loss (nats)", "tokens", "parameters"):
@@ -116,7 +120,12 @@ def _run(options: argparse.Namespace) -> int:
             f"{row['nll_nats']:.4f}", f"{row['tokens']:,}", f"{row['parameters'] / 1e6:.1f} M",
         )  # fmt: skip
     Console(stderr=False).print(table)
-    settings = {"source": corpus.source, "split": split, "window": evaluation.window, "context": evaluation.context}
+    settings = {
+        "source": corpus.source,
+        "split": split,
+        "window": evaluation.window,
+        "context": evaluation.context,
+    }
     print(json.dumps({"corpus": settings, "models": rows}))
     return 0
 

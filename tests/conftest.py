@@ -18,10 +18,46 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_SILENT", "true")
 ROOT = Path(__file__).resolve().parent.parent
 
-WORDS = (
-    "the a river city mountain king queen old young small great was is in on of and near built found wrote "
-    "north south water stone house book ship song year war peace road bridge tower garden market school"
-).split()
+WORDS = [
+    "the",
+    "a",
+    "river",
+    "city",
+    "mountain",
+    "king",
+    "queen",
+    "old",
+    "young",
+    "small",
+    "great",
+    "was",
+    "is",
+    "in",
+    "on",
+    "of",
+    "and",
+    "near",
+    "built",
+    "found",
+    "wrote",
+    "north",
+    "south",
+    "water",
+    "stone",
+    "house",
+    "book",
+    "ship",
+    "song",
+    "year",
+    "war",
+    "peace",
+    "road",
+    "bridge",
+    "tower",
+    "garden",
+    "market",
+    "school",
+]
 
 
 @dataclass(frozen=True)
@@ -62,7 +98,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
             num_hidden_layers=2,
             num_attention_heads=2,
             max_position_embeddings=256,
-            initializer_range=0.3,
+            initializer_range=0.2,
             eos_token_id=0,
             bos_token_id=0,
             pad_token_id=0,
@@ -74,7 +110,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     recipe.write_text(
         yaml.safe_dump(
             {
-                "run": {"name": "tiny", "output_dir": str(folder / "runs"), "precision": "fp32", "batch_size": 8},
+                "run": {
+                    "name": "tiny",
+                    "output_dir": str(folder / "runs"),
+                    "precision": "fp32",
+                    "batch_size": 8,
+                    "threads": 1,
+                },
                 "teacher": {"model": str(teacher), "context": 4, "dtype": "fp32"},
                 "student": {"hidden_size": 16, "num_layers": 1},
                 "corpus": {
@@ -88,7 +130,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
                     {"objective": {"forward_kl": 0.8, "cross_entropy": 0.2}, "length": {"steps": 8}},
                 ],
                 "control": {"match": "tokens"},
-                "evaluation": {"every": {"steps": 4}, "new_tokens": 4, "decode_seconds": 0.1, "prompts": ["the river"]},
+                "evaluation": {
+                    "every": {"steps": 4},
+                    "new_tokens": 4,
+                    "decode_seconds": 0.1,
+                    "prompts": ["the river"],
+                },
                 "tracking": {"tracker": "none", "every": 1},
             }
         ),
@@ -98,10 +145,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def run_command(
-    *arguments: str, launcher: tuple[str, ...] = ("distill/run.py",), cwd: Path = ROOT, timeout: float = 240, **env: str
+    *arguments: str,
+    launcher: tuple[str, ...] = ("distill/run.py",),
+    cwd: Path = ROOT,
+    timeout: float = 240,
+    **env: str,
 ) -> subprocess.CompletedProcess[str]:
-    """The real command in a process of its own, on one thread so that sums are added in one order."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **env}
+    """The real command in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
     command = [sys.executable, *launcher, *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 

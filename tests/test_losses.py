@@ -91,12 +91,8 @@ def test_gradient_is_that_of_the_definition(name: str, temperature: float, beta:
 
     student_NV, teacher_NV = logits()
     exact = gradient(student_NV, lambda z: definition(name, z, teacher_NV, temperature, beta).sum())
-    rounded = gradient(
-        student_NV.float(), lambda z: definition(name, z, teacher_NV.float(), temperature, beta).sum()
-    )
-    found = gradient(
-        student_NV.float(), lambda z: divergence(name, z, teacher_NV.float(), temperature, beta)
-    )
+    rounded = gradient(student_NV.float(), lambda z: definition(name, z, teacher_NV.float(), temperature, beta).sum())
+    found = gradient(student_NV.float(), lambda z: divergence(name, z, teacher_NV.float(), temperature, beta))
     error = max((rounded - exact).norm().item(), EPS * exact.norm().item())
     assert (found - exact).norm().item() <= SMALL * error
 

@@ -1,0 +1,294 @@
+"""The fused head and loss against plain autograd over full logits.
+
+`eager` below computes every logit at once and lets autograd do the rest, from the definitions in
+`test_losses.py`. In fp64 it is the oracle; how far it strays in fp32, or under bf16 autocast, says how far
+the fused loss may stray.
+
+    python -m pytest tests/test_fused.py
+
+Legend: B lanes, T tokens, N = B * T, V vocabulary, d width of student output and head.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from test_losses import definition
+from torch import Tensor
+
+from distill import fused
+from distill.fused import Objective, StudentWithLoss
+from distill.signals import DenseSignal, Head, HiddenSignal, Signal
+from distill.student import LSTMCache, LSTMConfig, LSTMForCausalLM
+
+B, T, V, D, H = 3, 7, 19, 6, 8
+SMALL = 4  # times the eager error; the sums of a chunked loss are added in another order
+EPS = torch.finfo(torch.float32).eps
+
+Gradients = dict[str, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "CHUNK_TOKENS", 4)  # N = 21: five whole chunks and one row
+
+
+def make_student(**fields) -> LSTMForCausalLM:
+    sizes = {"vocab_size": V, "embedding_size": D, "hidden_size": H, "num_layers": 2}
+    student = LSTMForCausalLM(LSTMConfig(**(sizes | fields)))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in student.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * 0.5
+    return student
+
+
+def make_batch() -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Inputs, labels, resets and a carried state."""
+    generator = torch.Generator().manual_seed(2)
+    inputs_BT = torch.randint(V, (B, T), generator=generator)
+    labels_BT = torch.randint(V, (B, T), generator=generator)
+    reset_BT = torch.rand(B, T, generator=generator) < 0.2
+    state = torch.randn(2, 2, B, H, generator=generator) * 0.5
+    return inputs_BT, labels_BT, reset_BT, (state[0], state[1])
+
+
+def make_signal(kind: str, dtype: torch.dtype = torch.float32, softcap: float | None = None) -> Signal:
+    """As the teacher makes it: in inference mode."""
+    generator = torch.Generator().manual_seed(3)
+    weight_Vd = torch.randn(V, D, generator=generator).to(dtype)
+    bias_V = torch.randn(V, generator=generator).to(dtype)
+    head = Head(weight_Vd, bias_V, scale=0.7, softcap=softcap)
+    with torch.inference_mode():
+        hidden_Nd = torch.randn(B, T, D, generator=generator).to(dtype).flatten(0, 1)
+        return DenseSignal(head.logits(hidden_Nd)) if kind == "dense" else HiddenSignal(hidden_Nd, head)
+
+
+def eager(
+    student: LSTMForCausalLM,
+    signal: Signal | None,
+    objective: Objective,
+    dtype: torch.dtype,
+    autocast: bool = False,
+) -> tuple[dict[str, Tensor], Gradients]:
+    """Each term's sum, under "loss" their weighted sum, and its gradients by parameter; in `dtype`."""
+    student = copy.deepcopy(student).to(dtype)
+    inputs_BT, labels_BT, reset_BT, state = make_batch()
+    caught: list[Tensor] = []
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        cache = LSTMCache(*(part.to(dtype) for part in state))
+        z_BTd = student.model(inputs_BT, past_key_values=cache, reset_mask=reset_BT).last_hidden_state
+        if z_BTd.requires_grad:
+            z_BTd.register_hook(caught.append)
+        logits_NV = student.lm_head(z_BTd).flatten(0, 1)
+    if autocast:
+        logits_NV = logits_NV.float()
+    if signal is not None:
+        with torch.inference_mode():
+            teacher_NV = signal.logits(slice(None))
+        teacher_NV = teacher_NV.clone().to(logits_NV.dtype)
+    sums = {}
+    for name in objective.weights:
+        if name == "cross_entropy":
+            log_q_NV = torch.log_softmax(logits_NV, -1)
+            sums[name] = -log_q_NV.gather(1, labels_BT.flatten()[:, None]).sum()
+        elif name == "hidden_mse":
+            hidden_Nd = signal.hidden_Nd.clone().to(logits_NV.dtype)
+            sums[name] = ((z_BTd.flatten(0, 1) - hidden_Nd) ** 2).sum() / D
+        else:
+            constants = objective.temperature, objective.jsd_beta
+            sums[name] = definition(name, logits_NV, teacher_NV, *constants).sum()
+    sums["loss"] = sum(objective.weights[name] * value for name, value in sums.items())
+    sums["loss"].backward()
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    if caught:
+        gradients["z"] = caught[0]
+    return {name: value.detach() for name, value in sums.items()}, gradients
+
+
+def run_fused(
+    student: LSTMForCausalLM,
+    signal: Signal | None,
+    objective: Objective,
+    autocast: bool = False,
+    upstream: float = 1.0,
+) -> tuple[dict[str, Tensor], Gradients]:
+    """The same from `StudentWithLoss`."""
+    module = StudentWithLoss(copy.deepcopy(student))
+    caught: list[Tensor] = []
+
+    def catch_z(_module, _arguments, output) -> None:
+        if output.last_hidden_state.requires_grad:
+            output.last_hidden_state.register_hook(caught.append)
+
+    module.student.model.register_forward_hook(catch_z)
+    inputs_BT, labels_BT, reset_BT, state = make_batch()
+    with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+        loss, sums, _ = module(inputs_BT, labels_BT, reset_BT, state, signal, objective)
+    assert loss.dtype == torch.float32 and loss.shape == ()
+    assert not any(value.requires_grad for value in sums.values())
+    (loss * upstream).backward()
+    gradients = {name: p.grad for name, p in module.student.named_parameters() if p.grad is not None}
+    if caught:
+        gradients["z"] = caught[0]
+    return {**sums, "loss": loss.detach()}, gradients
+
+
+def assert_as_good_as_eager(
+    student: LSTMForCausalLM, signal: Signal | None, objective: Objective, autocast: bool = False
+) -> Gradients:
+    """Every sum and gradient is as near to the fp64 oracle as eager code in the same precision, times SMALL."""
+    exact_sums, exact = eager(student, signal, objective, torch.float64)
+    eager_sums, rounded = eager(student, signal, objective, torch.float32, autocast)
+    sums, gradients = run_fused(student, signal, objective, autocast)
+    assert sums.keys() == exact_sums.keys()
+    assert gradients.keys() == exact.keys()
+    unit = torch.finfo(torch.bfloat16).eps if autocast else EPS
+    for name, value in exact_sums.items():
+        # One number can be right by chance: a mean rounding error of one unit is always allowed.
+        error = max((eager_sums[name] - value).abs().item(), unit * value.abs().item())
+        assert abs(sums[name] - value).item() <= SMALL * error, name
+    for name, gradient in exact.items():
+        assert torch.isfinite(gradients[name]).all(), name
+        error = max((rounded[name] - gradient).norm().item(), unit * gradient.norm().item())
+        assert (gradients[name] - gradient).norm().item() <= SMALL * error, name
+    return gradients
+
+
+DENSE_OBJECTIVES = {
+    "cross_entropy": Objective({"cross_entropy": 1.0}),
+    "forward_kl": Objective({"forward_kl": 1.0}),
+    "forward_kl, T=2": Objective({"forward_kl": 1.0}, temperature=2.0),
+    "reverse_kl": Objective({"reverse_kl": 2.0}, temperature=0.5),
+    "jsd": Objective({"jsd": 1.0}, temperature=1.5, jsd_beta=0.2),
+    "total_variation": Objective({"total_variation": 1.0}, temperature=2.0),
+    "mixture": Objective({"forward_kl": 0.8, "cross_entropy": 0.2}, temperature=3.0),
+    "all": Objective(
+        {"cross_entropy": 0.1, "jsd": 0.5, "forward_kl": 0.3, "total_variation": 4.0, "reverse_kl": 0.7},
+        temperature=2.0,
+        jsd_beta=0.7,
+    ),
+}
+HIDDEN_OBJECTIVES = {
+    **DENSE_OBJECTIVES,
+    "hidden_mse": Objective({"hidden_mse": 3.0}),
+    "hidden_mse and forward_kl": Objective({"hidden_mse": 2.0, "forward_kl": 0.5}, temperature=2.0),
+    "cross_entropy and hidden_mse": Objective({"cross_entropy": 0.3, "hidden_mse": 0.7}),
+}
+CASES = [
+    *(("dense", name) for name in DENSE_OBJECTIVES),
+    *(("hidden", name) for name in HIDDEN_OBJECTIVES),
+]
+
+
+@pytest.mark.parametrize(("kind", "name"), CASES)
+def test_sums_and_gradients_are_those_of_plain_autograd(kind: str, name: str) -> None:
+    student = make_student(head_bias=True)
+    gradients = assert_as_good_as_eager(student, make_signal(kind), HIDDEN_OBJECTIVES[name])
+    head = {"lm_head.weight", "lm_head.bias"}
+    expected = {parameter for parameter, _ in student.named_parameters()} | {"z"}
+    assert gradients.keys() == (expected - head if name == "hidden_mse" else expected)
+    assert all(gradient.any() for gradient in gradients.values()), "an all-zero gradient shows nothing"
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 20, 21, 22, 512])
+def test_the_chunk_is_only_a_matter_of_memory(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "CHUNK_TOKENS", chunk)
+    assert_as_good_as_eager(make_student(head_bias=True), make_signal("hidden"), HIDDEN_OBJECTIVES["mixture"])
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_teachers_head_with_softcap_and_in_half_precision(dtype: torch.dtype, softcap: float | None) -> None:
+    signal = make_signal("hidden", dtype, softcap)
+    assert_as_good_as_eager(make_student(), signal, HIDDEN_OBJECTIVES["hidden_mse and forward_kl"])
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "mixture", "all", "hidden_mse and forward_kl"])
+@pytest.mark.parametrize("head_bias", [False, True])
+def test_under_autocast_as_near_to_fp64_as_eager_autocast(name: str, head_bias: bool) -> None:
+    student, signal = make_student(head_bias=head_bias), make_signal("hidden", torch.bfloat16)
+    gradients = assert_as_good_as_eager(student, signal, HIDDEN_OBJECTIVES[name], autocast=True)
+    assert gradients["lm_head.weight"].dtype == torch.float32
+    assert gradients["z"].dtype == torch.bfloat16, "autocast did not happen"
+
+
+def test_tied_embedding_and_head_share_one_gradient() -> None:
+    student = make_student(tie_word_embeddings=True)
+    assert student.lm_head.weight is student.model.embed_tokens.weight
+    gradients = assert_as_good_as_eager(student, make_signal("hidden"), HIDDEN_OBJECTIVES["mixture"])
+    assert "lm_head.weight" not in gradients and "model.embed_tokens.weight" in gradients
+
+
+@pytest.mark.parametrize("frozen", ["lm_head.weight", "lm_head", "model", "model.embed_tokens"])
+def test_frozen_parts_get_no_gradient_and_change_nothing_else(frozen: str) -> None:
+    student = make_student(head_bias=True)
+    for name, parameter in student.named_parameters():
+        parameter.requires_grad_(not name.startswith(frozen))
+    gradients = assert_as_good_as_eager(student, make_signal("dense"), DENSE_OBJECTIVES["mixture"])
+    assert not any(name.startswith(frozen) for name in gradients)
+    assert ("z" in gradients) == (frozen != "model")
+
+
+@pytest.mark.parametrize("name", ["mixture", "hidden_mse and forward_kl"])
+def test_the_upstream_gradient_scales_all_gradients(name: str) -> None:
+    student, signal, objective = make_student(head_bias=True), make_signal("hidden"), HIDDEN_OBJECTIVES[name]
+    _, ones = run_fused(student, signal, objective)
+    _, scaled = run_fused(student, signal, objective, upstream=0.25)  # a power of two: exact
+    for gradient_name, gradient in ones.items():
+        assert torch.equal(scaled[gradient_name], 0.25 * gradient), gradient_name
+
+
+def test_gradients_of_two_micro_batches_add_up() -> None:
+    student, signal, objective = make_student(), make_signal("dense"), DENSE_OBJECTIVES["mixture"]
+    inputs_BT, labels_BT, _, _ = make_batch()
+    module = StudentWithLoss(copy.deepcopy(student))
+    module(inputs_BT, labels_BT, None, None, signal, objective)[0].backward()
+    whole = {name: p.grad.clone() for name, p in module.named_parameters()}
+    module.zero_grad()
+    for lanes in (slice(0, 1), slice(1, B)):
+        part = DenseSignal(signal.logits_NV.view(B, T, V)[lanes].flatten(0, 1))
+        module(inputs_BT[lanes], labels_BT[lanes], None, None, part, objective)[0].backward()
+    for name, parameter in module.named_parameters():
+        assert (parameter.grad - whole[name]).norm() <= 64 * EPS * whole[name].norm(), name
+
+
+def test_cross_entropy_needs_no_teacher() -> None:
+    assert_as_good_as_eager(make_student(), None, DENSE_OBJECTIVES["cross_entropy"])
+
+
+def test_a_second_backward_is_refused() -> None:
+    module = StudentWithLoss(make_student())
+    loss, _, _ = module(*make_batch(), make_signal("dense"), DENSE_OBJECTIVES["forward_kl"])
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward(retain_graph=True)
+
+
+def test_without_gradient_the_values_are_the_same() -> None:
+    module, signal = StudentWithLoss(make_student()), make_signal("hidden")
+    objective = HIDDEN_OBJECTIVES["hidden_mse and forward_kl"]
+    loss, sums, _ = module(*make_batch(), signal, objective)
+    with torch.no_grad():
+        loss_only, sums_only, _ = module(*make_batch(), signal, objective)
+    assert not loss_only.requires_grad
+    assert sums.keys() == sums_only.keys()
+    for found, expected in ((loss_only, loss), *((sums_only[name], sums[name]) for name in sums)):
+        assert (found - expected).abs() <= 16 * EPS * expected  # nn.LSTM takes another kernel without gradients
+
+
+def test_the_state_is_carried_without_its_gradient() -> None:
+    """Two blocks in a row are one long block; no gradient flows back into the first."""
+    module, signal, objective = StudentWithLoss(make_student()), None, DENSE_OBJECTIVES["cross_entropy"]
+    inputs_BT, labels_BT, reset_BT, state = make_batch()
+    before = [part.clone() for part in state]
+    whole, _, end = module(inputs_BT, labels_BT, reset_BT, state, signal, objective)
+    first, _, middle = module(inputs_BT[:, :4], labels_BT[:, :4], reset_BT[:, :4], state, signal, objective)
+    second, _, last = module(inputs_BT[:, 4:], labels_BT[:, 4:], reset_BT[:, 4:], middle, signal, objective)
+    assert (first + second - whole).abs() <= 16 * EPS * whole
+    for found, expected in zip(last, end, strict=True):
+        assert not found.requires_grad
+        assert torch.allclose(found, expected, rtol=0, atol=16 * EPS)
+    assert all(torch.equal(now, then) for now, then in zip(state, before, strict=True)), "written in place"
