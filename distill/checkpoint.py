@@ -9,6 +9,7 @@ whole. No pickle.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -35,23 +36,29 @@ def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
     Works for files and folders; a folder that exists is replaced. Raises UserError where the disk refuses,
     and leaves what was there before.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{part}tmp") for part in ("", "old."))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
             _flush(path)
         if temporary.is_dir() and target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+            os.rename(target, old)  # a folder, unlike a file, must be out of the way
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            if old.exists():
+                os.rename(old, target)
+            raise
         _flush(target.parent)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"{target}: cannot be written: {error}. What was saved before is untouched; make room or choose another "
             "run.output_dir, then run the same command again"
         ) from None
+    finally:  # whatever went wrong, be it Ctrl-C
+        _remove(temporary)
+        _remove(old)
 
 
 def write_json(target: Path, content: Any) -> None:
@@ -121,7 +128,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     try:
         return json.loads((folder / "state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _damaged(folder, error) from None
+        raise _damaged(folder / "state.json", error) from None
 
 
 def load_tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -155,6 +162,13 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(
         f"{path}: the checkpoint is damaged ({error}); delete its step-... folder to go on from the one before"
     )
+
+
+def _remove(path: Path) -> None:
+    """Delete a file or folder, if there is one."""
+    shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _flush(path: Path) -> None:

@@ -1,9 +1,9 @@
 """The student with its loss: head and divergence in chunks, gradient in the forward pass.
 
 The logits of a step, (tokens x vocabulary) in fp32, are by far its largest tensor, and a divergence
-needs several of them. Here the head runs over a few hundred tokens at a time; each chunk's gradient with
-respect to its logits is taken at once, turned into gradients of the student's output and of the head, and
-forgotten. Backward then only hands out what is stored, so memory does not grow with the block.
+needs several of them. Here the head runs over a hundred tokens at a time; each chunk's gradient with
+respect to its logits is written down at once, turned into gradients of the student's output and of the
+head, and forgotten. Backward then only hands out what is stored, so memory does not grow with the block.
 
 `StudentWithLoss` is one module whose `forward` returns the loss sums: wrapped by DDP, every parameter is
 used inside `forward`, so gradients are synchronised.
@@ -13,6 +13,7 @@ Legend: B lanes, T tokens, N = B * T, V vocabulary, d width of student output an
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,8 @@ from distill.signals import HiddenSignal, Signal
 from distill.student import LSTMCache, LSTMForCausalLM
 
 State = tuple[Tensor, Tensor]  # (h_LBH, c_LBH)
-CHUNK_TOKENS = 512
+CHUNK_ROWS = 128  # tokens whose logits exist at one time
+HEAD_ROWS = 512  # tokens between two updates of the head's gradient
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,69 @@ class Objective:
     def needs_logits(self) -> bool:
         return set(self.weights) != {"hidden_mse"}
 
-    def on_logits(self, student_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None) -> dict[str, Tensor]:
-        """Each logit term's unweighted sum over N tokens, in nats."""
-        sums = {}
-        for name in self.weights:
+    def gradient(
+        self, student_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Each logit term's unweighted sum in nats, and the gradient (N, V) of the weighted sum in fp32.
+
+        In closed form: for a divergence D(q) of the student's distribution q at temperature T and g = dD/dq, the
+        gradient with respect to logits is T^2 q (g - <q, g>) / T. It takes half the passes over (N, V) that
+        autograd takes through `distill/losses.py`, which is the oracle for both sums and gradient.
+        """
+        sums: dict[str, Tensor] = {}
+        total_NV: Tensor | None = None
+        T = self.temperature
+        log_q_NV = log_p_NV = q_NV = p_NV = None
+        for name, weight in self.weights.items():
+            if name == "hidden_mse":
+                continue
             if name == "cross_entropy":
-                sums[name] = losses.cross_entropy(student_NV, labels_N)
-            elif name != "hidden_mse":
-                extra = {"beta": self.jsd_beta} if name == "jsd" else {}
-                sums[name] = losses.DIVERGENCES[name](student_NV, teacher_NV, self.temperature, **extra)
-        return sums
+                log_q1_NV = log_q_NV if T == 1 and log_q_NV is not None else _log_softmax(student_NV, 1.0)
+                label_N1 = labels_N[:, None]
+                sums[name] = -log_q1_NV.gather(1, label_N1).sum()
+                grad_NV = log_q1_NV.exp()
+                grad_NV.scatter_add_(1, label_N1, grad_NV.new_full((1, 1), -1.0).expand_as(label_N1))
+                scale = weight
+            else:
+                assert teacher_NV is not None, "the job gives every divergence a signal"
+                if log_p_NV is None or log_q_NV is None or p_NV is None or q_NV is None:
+                    log_q_NV, log_p_NV = _log_softmax(student_NV, T), _log_softmax(teacher_NV, T)
+                    q_NV, p_NV = log_q_NV.exp(), log_p_NV.exp()
+                sums[name], grad_NV = self._divergence(name, log_p_NV, log_q_NV, p_NV, q_NV)
+                sums[name] = sums[name] * T**2
+                scale = weight * T
+            if scale != 1:
+                grad_NV.mul_(scale)
+            total_NV = grad_NV if total_NV is None else total_NV.add_(grad_NV)
+        assert total_NV is not None
+        return sums, total_NV
+
+    def _divergence(
+        self, name: str, log_p_NV: Tensor, log_q_NV: Tensor, p_NV: Tensor, q_NV: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """D summed over tokens, and q (g - <q, g>), both without the factors of the temperature."""
+        if name == "forward_kl":  # g = -p / q
+            value = (log_p_NV - log_q_NV).mul_(p_NV).sum()
+            return value, q_NV - p_NV
+        if name == "reverse_kl":
+            g_NV = log_q_NV - log_p_NV
+            value_N = (g_NV * q_NV).sum(-1, keepdim=True)
+            return value_N.sum(), g_NV.sub_(value_N).mul_(q_NV)
+        if name == "total_variation":
+            g_NV = (q_NV - p_NV).sign_().mul_(0.5)
+            value = 0.5 * (q_NV - p_NV).abs_().sum()
+        else:  # jsd: what m contributes to the derivative cancels
+            beta = self.jsd_beta
+            log_m_NV = torch.logaddexp(log_p_NV + math.log(beta), log_q_NV + math.log1p(-beta))
+            g_NV = (log_q_NV - log_m_NV).mul_(1 - beta)
+            value = beta * (log_p_NV - log_m_NV).mul_(p_NV).sum() + (g_NV * q_NV).sum()
+        return value, g_NV.sub_((g_NV * q_NV).sum(-1, keepdim=True)).mul_(q_NV)
+
+
+def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
+    if temperature != 1:
+        logits_NV = logits_NV.float() / temperature
+    return torch.log_softmax(logits_NV, -1, dtype=torch.float32)
 
 
 class StudentWithLoss(nn.Module):
@@ -110,26 +165,29 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight_Vd, dtype=torch.float32) if need_weight else None
             grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias and bias_V is not None else None
             totals: dict[str, Tensor] = {}
-            for start in range(0, len(z_Nd), CHUNK_TOKENS):
-                rows = slice(start, start + CHUNK_TOKENS)
-                logits_NV = (z_compute[rows] @ weight_compute.t()).float()
-                if bias_V is not None:
-                    logits_NV += bias_V
-                with torch.enable_grad():
-                    logits_NV = logits_NV.detach().requires_grad_()
+            # The head's gradient passes over all of it: worth more rows at a time than the softmaxes, whose
+            # chunks should stay in the cache.
+            for outer in range(0, len(z_Nd), HEAD_ROWS):
+                z_outer = z_compute[outer : outer + HEAD_ROWS]
+                grad_outer = z_outer.new_empty(len(z_outer), len(weight_Vd)) if need_weight else None
+                for inner in range(0, len(z_outer), CHUNK_ROWS):
+                    rows = slice(outer + inner, outer + min(inner + CHUNK_ROWS, len(z_outer)))
+                    logits_NV = z_compute[rows] @ weight_compute.t()
+                    if bias_V is not None:
+                        logits_NV = logits_NV.float() + bias_V
                     teacher_NV = signal.logits(rows) if signal is not None else None
-                    sums = objective.on_logits(logits_NV, labels_N[rows], teacher_NV)
-                    weighted = torch.stack([objective.weights[name] * value for name, value in sums.items()]).sum()
-                    (grad_NV,) = torch.autograd.grad(weighted, logits_NV)
-                for name, value in sums.items():
-                    totals[name] = totals.get(name, 0) + value.detach()
-                grad_compute = grad_NV.to(compute)
-                if grad_z is not None:
-                    grad_z[rows] = (grad_compute @ weight_compute).to(grad_z.dtype)
-                if grad_weight is not None:
-                    grad_weight += grad_compute.t() @ z_compute[rows]
-                if grad_bias is not None:
-                    grad_bias += grad_NV.sum(0)
+                    sums, grad_NV = objective.gradient(logits_NV, labels_N[rows], teacher_NV)
+                    for name, value in sums.items():
+                        totals[name] = totals.get(name, 0) + value
+                    if grad_bias is not None:
+                        grad_bias += grad_NV.sum(0)
+                    grad_compute = grad_NV.to(compute)
+                    if grad_z is not None:
+                        grad_z[rows] = (grad_compute @ weight_compute).to(grad_z.dtype)
+                    if grad_outer is not None:
+                        grad_outer[inner : inner + CHUNK_ROWS] = grad_compute
+                if grad_weight is not None and grad_outer is not None:
+                    grad_weight += grad_outer.t() @ z_outer
         ctx.gradients = (grad_z, grad_weight, grad_bias)
         loss = torch.stack([objective.weights[name] * value for name, value in totals.items()]).sum()
         parts = tuple(totals.values())

@@ -6,9 +6,12 @@ teacher lie in the cache, both trainings have checkpoints, and a run that is com
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import os
+import platform
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -277,6 +280,7 @@ def _control_stage(recipe: Recipe, student: Progress) -> StageConfig:
 
 def _accelerator(recipe: Recipe) -> Accelerator:
     torch.set_flush_denormal(True)  # saturated LSTM gates make denormals, which are slow on CPUs
+    _keep_freed_memory()
     log_with = "wandb" if recipe.tracking.tracker == "wandb" else None
     precision = recipe.run.precision
     if precision == "auto":
@@ -303,6 +307,19 @@ def _accelerator(recipe: Recipe) -> Accelerator:
     transformers.utils.logging.disable_progress_bar()  # it would draw one for every checkpoint; downloads keep theirs
     micro_batch_size(recipe, accelerator.num_processes)
     return accelerator
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep the memory it has freed instead of giving it back to the system at every large tensor.
+
+    A step frees and takes again hundreds of megabytes of logits, and fresh pages are zeroed one by one: without
+    this, subtracting two (512, 49152) matrices takes ten times as long, and a step with a trained head 1.6 times.
+    """
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL("libc.so.6")
+        m_trim_threshold, m_mmap_max = -1, -4  # names of malloc.h
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def _claim_folder(recipe: Recipe, accelerator: Accelerator) -> None:

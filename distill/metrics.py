@@ -158,11 +158,13 @@ def score(
         for start in range(0, len(index_N), ROWS_PER_HEAD_CALL):
             part = slice(start, start + ROWS_PER_HEAD_CALL)
             with torch.inference_mode():
-                log_q_NV = F.log_softmax(model.head.logits(hidden_Nd[part]), -1)
+                log_q_NV = F.log_softmax(model.head.logits(hidden_Nd[part]), -1, dtype=torch.float32)
                 nll_M[index_N[part]] = -log_q_NV.gather(1, labels_N[part, None])[:, 0].double().cpu()
                 if reference is not None:
                     teacher_Nd = reference.hidden_Md[index_N[part]].to(reference.head.weight_Vd.device)
-                    log_p_NV = F.log_softmax(reference.head.logits(teacher_Nd), -1).to(log_q_NV.device)
+                    log_p_NV = F.log_softmax(reference.head.logits(teacher_Nd), -1, dtype=torch.float32).to(
+                        log_q_NV.device
+                    )
                     kl_N = F.kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(-1)
                     kl_sum += kl_N.double().sum().item()
                     matches += int((log_p_NV.argmax(-1) == log_q_NV.argmax(-1)).sum())
@@ -187,7 +189,7 @@ def score_reference(reference: Reference, documents: Documents) -> Score:
         for start in range(0, documents.targets, ROWS_PER_HEAD_CALL):
             part = slice(start, start + ROWS_PER_HEAD_CALL)
             hidden_Nd = reference.hidden_Md[part].to(reference.head.weight_Vd.device)
-            logits_NV = reference.head.logits(hidden_Nd)
+            logits_NV = reference.head.logits(hidden_Nd).float()
             labels_N = labels_M[part].to(logits_NV.device)
             nll_M[part] = F.cross_entropy(logits_NV, labels_N, reduction="none").double().cpu()
     return _summed(documents, nll_M)

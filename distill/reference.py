@@ -56,17 +56,29 @@ def fields_as_markdown() -> str:
         parts.append(f"## `{path}`\n\n{_text(model.__doc__)}\n")
         parts.append("| field | type | default | meaning |\n|---|---|---|---|")
         for name, field in model.model_fields.items():
-            kind = _type(field.annotation, field).replace("|", "\\|")
-            parts.append(f"| `{name}` | {kind} | {_default(field, code=True)} | {_text(field.description)} |")
+            kind, default = _type(field.annotation, field), _default(field, code=True)
+            parts.append(_row(f"`{name}`", kind, default, _text(field.description)))
         parts.append("")
     parts.append(f"## lengths\n\n{_text(Length.__doc__)}\n\n| field | meaning |\n|---|---|")
-    parts += [f"| `{name}` | {_text(field.description)} |" for name, field in Length.model_fields.items()]
+    parts += [_row(f"`{name}`", _text(field.description)) for name, field in Length.model_fields.items()]
     return "\n".join(parts) + "\n"
 
 
 def schema() -> str:
     """JSON schema of the recipe, for editors."""
-    return json.dumps({"title": "Potstill recipe", **Recipe.model_json_schema()}, indent=1) + "\n"
+    made = {**Recipe.model_json_schema(), "title": "Potstill recipe"}
+    fields, stage = made["properties"], made["$defs"]["StageConfig"]["properties"]
+    # The shorthands, which validators spell out before pydantic's own checks.
+    fields["control"] = _or(fields["control"], {"type": "boolean"})
+    fields["tracking"] = _or(fields["tracking"], {"enum": ["wandb", "none", None]})
+    stage["objective"] = _or(stage["objective"], stage["objective"]["propertyNames"])
+    return json.dumps(made, indent=1) + "\n"
+
+
+def _or(field: dict[str, Any], shorthand: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field that takes a shorthand besides."""
+    said: dict[str, Any] = {key: field[key] for key in ("title", "description", "default") if key in field}
+    return {**said, "anyOf": [{key: value for key, value in field.items() if key not in said}, shorthand]}
 
 
 def main() -> int:
@@ -88,6 +100,11 @@ def main() -> int:
     if stale:
         print(f"out of date: {', '.join(stale)}; run make docs", file=sys.stderr)
     return 1 if stale else 0
+
+
+def _row(*cells: str) -> str:
+    """One row of a Markdown table, where a bare | would begin another cell, even inside code."""
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _text(text: str | None) -> str:

@@ -42,7 +42,7 @@ class DenseSignal:
     logits_NV: Tensor
 
     def logits(self, rows: slice) -> Tensor:
-        return self.logits_NV[rows].float()
+        return self.logits_NV[rows]
 
 
 @dataclass(frozen=True)

@@ -178,7 +178,7 @@ def wrap(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
     ids_1W = torch.arange(8, device=wrapped.device)[None] % vocab_size
     with torch.inference_mode():
         expected = network(input_ids=ids_1W).logits[..., :vocab_size].float()
-        found = wrapped.head.logits(wrapped.hidden(ids_1W))
+        found = wrapped.head.logits(wrapped.hidden(ids_1W)).float()
     if not _close(found, expected, network.dtype):
         raise UserError(
             f"{role} {name}: its logits are not a linear (scaled, softcapped) map of its final hidden state, "

@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from distill.config import Recipe
 
 logger = logging.getLogger(__name__)
+VALIDATION_FIGURES = ("nll_nats", "perplexity", "kl_to_teacher_nats", "top1_agreement")
 
 
 class Tracker:
@@ -43,7 +44,7 @@ class Tracker:
         else:
             run_id = secrets.token_hex(4)
             identity.write_text(json.dumps({"id": run_id}), encoding="utf-8")
-        mode = os.environ.get("WANDB_MODE")
+        mode = os.environ.get("WANDB_MODE") or None
         if mode is None and not wandb.login(prompt=False):
             mode = "offline"
         tracking = recipe.tracking
@@ -69,7 +70,8 @@ class Tracker:
         self._run.define_metric("tokens")
         for model in ("student", "control"):
             self._run.define_metric(f"train/{model}/*", step_metric="tokens")
-            self._run.define_metric(f"validation/*/{model}", step_metric="train_seconds")
+            for figure in VALIDATION_FIGURES:
+                self._run.define_metric(f"validation/{figure}/{model}", step_metric="train_seconds")
         if mode == "offline":
             logger.info("wandb: no account, recording offline; later: wandb sync %s", Path(self._run.dir).parent)
 
@@ -94,7 +96,15 @@ class Tracker:
                     if name in result
                 }
             )
-            self._run.log({"curves": wandb.Image(str(picture))})
+            curves = result["curves"]
+            lines = wandb.plot.line_series(
+                xs=[[point["seconds"] for point in points] for points in curves.values()],
+                ys=[[point["nll_nats"] for point in points] for points in curves.values()],
+                keys=list(curves),
+                title="validation loss (nats per token)",
+                xname="training seconds",
+            )
+            self._run.log({"curves": wandb.Image(str(picture)), "validation/student_and_control": lines})
             artifact = wandb.Artifact(f"{self._run.id}-result", type="result")
             for file in [picture, *files]:
                 artifact.add_file(str(file))

@@ -38,7 +38,7 @@ from distill.progress import Clock, Interrupted, Progress, StopFlag
 from distill.schedule import learning_rate_factor
 from distill.student import LSTMForCausalLM
 from distill.teacher import LanguageModel
-from distill.tracking import Tracker
+from distill.tracking import VALIDATION_FIGURES, Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,9 @@ class Training:
             while not self.progress.done:
                 self._run_stage(self.stages[self.progress.stage], resumed, stop)
                 resumed = None
+                # A signal may also have come during a stage's last validation.
+                if signum := self._agree(0.0, stop.signum)[1]:
+                    raise Interrupted(signum)
         self._load_best()
         return self.progress
 
@@ -286,8 +289,7 @@ class Training:
         }
         progress.points.append(point)
         progress.last_validation = Clock(**asdict(now))
-        figures = ("nll_nats", "perplexity", "kl_to_teacher_nats", "top1_agreement")
-        values = {f"validation/{key}/{self.name}": point[key] for key in figures if point[key] is not None}
+        values = {f"validation/{key}/{self.name}": point[key] for key in VALIDATION_FIGURES}
         self.tracker.log({**values, "train_seconds": now.seconds, "tokens": now.tokens})
         logger.info(
             "%s, step %d, %d tokens, %.0f s: validation loss %.4f nats (perplexity %.1f), KL %.4f, top-1 %.3f",

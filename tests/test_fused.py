@@ -12,6 +12,7 @@ Legend: B lanes, T tokens, N = B * T, V vocabulary, d width of student output an
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -31,9 +32,20 @@ EPS = torch.finfo(torch.float32).eps
 Gradients = dict[str, Tensor]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sizes are tiny: threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "CHUNK_TOKENS", 4)  # N = 21: five whole chunks and one row
+    # N = 21: chunks of 4 rows, three to an update of the head, with rests of both
+    monkeypatch.setattr(fused, "CHUNK_ROWS", 4)
+    monkeypatch.setattr(fused, "HEAD_ROWS", 12)
 
 
 def make_student(**fields) -> LSTMForCausalLM:
@@ -193,9 +205,10 @@ def test_sums_and_gradients_are_those_of_plain_autograd(kind: str, name: str) ->
     assert all(gradient.any() for gradient in gradients.values()), "an all-zero gradient shows nothing"
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 20, 21, 22, 512])
-def test_the_chunk_is_only_a_matter_of_memory(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "CHUNK_TOKENS", chunk)
+@pytest.mark.parametrize(("rows", "head_rows"), [(1, 1), (7, 7), (5, 12), (20, 21), (21, 22), (9, 4), (512, 512)])
+def test_the_chunk_is_only_a_matter_of_memory(rows: int, head_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "CHUNK_ROWS", rows)
+    monkeypatch.setattr(fused, "HEAD_ROWS", head_rows)
     assert_as_good_as_eager(make_student(head_bias=True), make_signal("hidden"), HIDDEN_OBJECTIVES["mixture"])
 
 
@@ -213,6 +226,17 @@ def test_under_autocast_as_near_to_fp64_as_eager_autocast(name: str, head_bias: 
     gradients = assert_as_good_as_eager(student, signal, HIDDEN_OBJECTIVES[name], autocast=True)
     assert gradients["lm_head.weight"].dtype == torch.float32
     assert gradients["z"].dtype == torch.bfloat16, "autocast did not happen"
+
+
+def test_under_autocast_the_head_runs_in_half_precision() -> None:
+    """Else most of the time of a step would go into a matrix product in fp32."""
+    objective, signal = HIDDEN_OBJECTIVES["forward_kl"], make_signal("dense")
+    student, rounded = make_student(), make_student()
+    rounded.lm_head.weight.data = rounded.lm_head.weight.data.bfloat16().float()
+    (sums, gradients), (same, same_gradients) = (run_fused(s, signal, objective, True) for s in (student, rounded))
+    assert torch.equal(sums["loss"], same["loss"])
+    assert torch.equal(gradients["z"], same_gradients["z"])
+    assert not torch.equal(sums["loss"], run_fused(student, signal, objective)[0]["loss"])
 
 
 def test_tied_embedding_and_head_share_one_gradient() -> None:
@@ -239,6 +263,28 @@ def test_the_upstream_gradient_scales_all_gradients(name: str) -> None:
     _, scaled = run_fused(student, signal, objective, upstream=0.25)  # a power of two: exact
     for gradient_name, gradient in ones.items():
         assert torch.equal(scaled[gradient_name], 0.25 * gradient), gradient_name
+
+
+@pytest.mark.parametrize("name", [name for name in DENSE_OBJECTIVES if name != "mixture"])
+def test_extreme_logits_stay_finite(name: str) -> None:
+    """Both sides sure of one token, not always the same one, at 10,000 nats; rows where they agree are among them."""
+    student = make_student(head_bias=True)
+    student.lm_head.bias.data[:] = -1e4
+    student.lm_head.bias.data[3] = 1e4
+    logits_NV = torch.full((B * T, V), -1e4)
+    logits_NV[torch.arange(B * T), torch.arange(B * T) % 4] = 1e4
+    sums, gradients = run_fused(student, DenseSignal(logits_NV), DENSE_OBJECTIVES[name])
+    assert all(torch.isfinite(value) and value > 0 for value in sums.values())
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("kind", ["dense", "hidden"])
+def test_the_signal_is_left_as_it_was(kind: str) -> None:
+    """A cached signal is used again; nothing may be computed in its place."""
+    signal, untouched = make_signal(kind), make_signal(kind)
+    for name in DENSE_OBJECTIVES:
+        run_fused(make_student(), signal, DENSE_OBJECTIVES[name])
+    assert torch.equal(signal.logits(slice(None)), untouched.logits(slice(None)))
 
 
 def test_gradients_of_two_micro_batches_add_up() -> None:

@@ -19,7 +19,7 @@ FALLING = ("cosine", "linear", "wsd")
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5, 0.9])
 def test_endpoints(schedule: str, warmup: float) -> None:
     start = learning_rate_factor(0.0, schedule, warmup, final=0.1)
     assert start == (1e-3 if warmup else 1.0)

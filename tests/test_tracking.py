@@ -1,0 +1,93 @@
+"""Tracking: the offline wandb run is a real one, and a tracker that fails stops nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, World, result_of, run_command
+
+
+def records(file: Path) -> Iterator[bytes]:
+    """Records of a `.wandb` file: a LevelDB log of 32 KiB blocks, each record split into typed fragments.
+
+    Layout: 7 bytes of file header, then fragments of checksum (4), length (2), type (1: full, 2: first, 3: middle,
+    4: last) and data; what is left of a block below 7 bytes is padding.
+    """
+    content = file.read_bytes()
+    position, parts = 7, b""
+    while position + 7 <= len(content):
+        left = 32_768 - position % 32_768
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack_from("<HB", content, position + 4)
+        data = content[position + 7 : position + 7 + length]
+        position += 7 + length
+        parts = data if kind in (1, 2) else parts + data
+        if kind in (1, 4):
+            yield parts
+
+
+def history(folder: Path) -> list[dict[str, object]]:
+    """Rows of metrics in the only wandb run of a run folder."""
+    from wandb.proto import wandb_internal_pb2
+
+    (file,) = folder.rglob("*.wandb")
+    rows = []
+    for data in records(file):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+    return rows
+
+
+def test_offline_run_holds_the_curves(world: World, tmp_path: Path) -> None:
+    run = run_command(
+        str(world.recipe), f"run.output_dir={tmp_path}", "tracking=wandb", "tracking.every=2"
+    )
+    assert run.returncode == 0, run.stderr
+    assert "wandb sync" in run.stderr
+    folder = tmp_path / "tiny"
+    rows = history(folder)
+    result = result_of(folder)
+    for model in ("student", "control"):
+        key = f"validation/nll_nats/{model}"
+        found = [(row["tokens"], row[key]) for row in rows if key in row]
+        assert found == [(point["tokens"], point["nll_nats"]) for point in result["curves"][model]]
+        assert all("train_seconds" in row for row in rows if key in row)
+    train = {key for row in rows for key in row if key.startswith("train/student/")}
+    expected = "loss loss_hidden_mse loss_forward_kl learning_rate grad_norm tokens_per_second teacher_seconds_per_step"
+    assert {f"train/student/{name}" for name in expected.split()} <= train
+    assert any("curves" in key for row in rows for key in row), "the picture of the curves"
+    assert any("validation/student_and_control" in key for row in rows for key in row), "both on one axis"
+    assert any(key.startswith("samples") for row in rows for key in row)
+    assert any(key.startswith("result") for row in rows for key in row)
+
+
+@pytest.mark.parametrize("place", ["start", "log"])
+def test_a_failing_tracker_stops_nothing(world: World, tmp_path: Path, place: str) -> None:
+    """A stand-in for wandb that raises, at the start or at the first row."""
+    (tmp_path / "fake").mkdir()
+    method = "__init__" if place == "start" else "log"
+    (tmp_path / "fake" / "sitecustomize.py").write_text(
+        "import accelerate.tracking as t\n"
+        "def broken(self, *a, **k): raise RuntimeError('the tracker is down')\n"
+        f"t.WandBTracker.{method} = broken\n",
+        encoding="utf-8",
+    )
+    run = run_command(
+        str(world.recipe),
+        f"run.output_dir={tmp_path}",
+        "tracking=wandb",
+        PYTHONPATH=os.pathsep.join([str(tmp_path / "fake"), str(ROOT)]),
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("tracking stops here") == 1
+    assert result_of(tmp_path / "tiny")["student"]["tokens"] > 0
