@@ -12,7 +12,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from distill.config import UserError, load_recipe
+from distill.config import UserError
+from distill.recipe import load_recipe
 from distill.reference import fields_as_text
 
 

@@ -5,21 +5,18 @@ items by number:
 
     accelerate launch distill/run.py recipes/smoke.yaml run.seed=3 stages.0.length.steps=20
 
-Everything is checked before any work starts, and all problems are reported at once. The fields'
-own descriptions are the documentation: `docs/recipe.md` and `recipes/schema.json` are made from
-them (`python -m distill.reference --write`).
+Here are its models, each field with its description, unit and bounds; `distill/recipe.py` reads files and
+overrides into them. The descriptions are the documentation: `docs/recipe.md` and `recipes/schema.json` are
+made from them (`python -m distill.reference --write`).
 """
 
 from __future__ import annotations
 
-import difflib
-import types
 import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class UserError(Exception):
@@ -211,7 +208,7 @@ class StageConfig(Section):
     """`sgd` is plain, without momentum."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.98)
     """Decay rates of AdamW's moments."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
     """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
     freeze: frozenset[Literal["embedding", "head", "body"]] = frozenset()
     """Parts that are not trained in this stage. With tied embeddings, name both or neither of embedding and head."""
@@ -381,115 +378,6 @@ class Recipe(Section):
         return self.run.output_dir / self.run.name
 
 
-def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read a recipe, apply `KEY=VALUE` overrides and validate the whole.
-
-    `path` is a YAML file, or a run folder, whose resolved `recipe.yaml` is then taken. Raises UserError
-    that lists every problem with field, value and constraint.
-    """
-    path = Path(path)
-    file = path / "recipe.yaml" if path.is_dir() else path
-    try:
-        raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        what = "a run folder with a recipe.yaml" if path.is_dir() else "a recipe (YAML file) or a run folder"
-        raise UserError(f"{path}: expected {what}, found none") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{file}: expected a mapping of sections (run, teacher, ...), found {type(raw).__name__}")
-    for override in overrides:
-        _override(raw, override)
-    try:
-        return Recipe.model_validate(raw)
-    except ValidationError as error:
-        raise UserError(_explain(error, str(file))) from None
-
-
-def _override(raw: dict[str, Any], override: str) -> None:
-    """Set one dotted path, creating sections on the way."""
-    key, found, text = override.partition("=")
-    parts = key.split(".")
-    if not found or not all(parts):
-        raise UserError(f"expected KEY=VALUE with a dotted key such as run.seed=3, found {override!r}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{key}: {text!r} cannot be read as YAML: {error}") from None
-    node: Any = raw
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        if isinstance(node, list):
-            if not part.isdigit() or int(part) >= len(node):
-                raise UserError(f"{key}: {'.'.join(parts[:depth])} is a list of {len(node)}; no item {part!r}")
-            index: Any = int(part)
-        elif isinstance(node, dict):
-            index = part
-            # A one-of-several section (a length) is replaced, not mixed: stages.0.length.steps=5 wins over minutes.
-            if last and part in Length.model_fields and set(node) <= set(Length.model_fields):
-                node.clear()
-        else:
-            raise UserError(f"{key}: {'.'.join(parts[:depth])} is {node!r}, which has no fields")
-        if last:
-            node[index] = value
-        elif isinstance(node, dict) and not isinstance(node.get(index), dict | list):
-            node[index] = {}
-        node = node[index]
-
-
-def _explain(error: ValidationError, source: str) -> str:
-    """All problems of a recipe, one a line: field, value, constraint."""
-    lines = []
-    for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            known = _fields_at(problem["loc"][:-1])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
-            lines.append(f"{where}: unknown key; {hint}")
-        elif problem["type"] == "missing":
-            lines.append(f"{where}: required, and not given")
-        elif problem["type"] == "value_error":
-            found = "" if isinstance(problem["input"], dict) else f"; found {problem['input']!r}"
-            lines.append(f"{where + ': ' if where else ''}{problem['ctx']['error']}{found}")
-        else:
-            lines.append(f"{where}: {problem['msg']}; found {problem['input']!r}")
-    plural = "problem" if len(lines) == 1 else "problems"
-    return "\n  ".join([f"{source}: {len(lines)} {plural} in the recipe", *lines])
-
-
-def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields a section at this place of the recipe has."""
-    model: Any = Recipe
-    for part in loc:
-        if isinstance(part, int):
-            continue
-        field = model.model_fields.get(part) if section_of(model) else None
-        if field is None:
-            return []
-        model = next((m for m in _flatten(field.annotation) if section_of(m)), None)
-    return list(model.model_fields) if section_of(model) else []
-
-
 def section_of(annotation: Any) -> type[Section] | None:
     """The annotation itself where it is a section of the recipe."""
     return annotation if isinstance(annotation, type) and issubclass(annotation, Section) else None
-
-
-def _flatten(annotation: Any) -> list[Any]:
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType, tuple, list, Annotated):
-        return [leaf for part in typing.get_args(annotation) for leaf in _flatten(part)]
-    return [annotation]
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
-    data = recipe.model_dump(mode="json")
-    for stage in data["stages"]:
-        stage["freeze"] = sorted(stage["freeze"])
-    for holder in (data["run"], data["evaluation"], *data["stages"]):
-        for name in ("length", "every", "checkpoint_every"):
-            if isinstance(holder.get(name), dict):
-                holder[name] = {unit: value for unit, value in holder[name].items() if value is not None}
-    return yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=100)

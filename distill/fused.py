@@ -136,7 +136,7 @@ class StudentWithLoss(nn.Module):
             sums.update(zip(names, parts, strict=True))
         if "hidden_mse" in objective.weights:
             assert isinstance(signal, HiddenSignal), "the job checks that hidden states are at hand"
-            sums["hidden_mse"] = losses.hidden_mse(z_Nd, signal.hidden_Nd)
+            sums["hidden_mse"] = losses.hidden_mse(z_Nd, signal.hidden_Nd.to(z_Nd.device))
             loss = loss + objective.weights["hidden_mse"] * sums["hidden_mse"]
         assert carried.h_LBH is not None and carried.c_LBH is not None, "a block was read"
         return loss, {name: value.detach() for name, value in sums.items()}, (carried.h_LBH, carried.c_LBH)
@@ -175,7 +175,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                     logits_NV = z_compute[rows] @ weight_compute.t()
                     if bias_V is not None:
                         logits_NV = logits_NV.float() + bias_V
-                    teacher_NV = signal.logits(rows) if signal is not None else None
+                    teacher_NV = signal.logits(rows).to(logits_NV.device) if signal is not None else None
                     sums, grad_NV = objective.gradient(logits_NV, labels_N[rows], teacher_NV)
                     for name, value in sums.items():
                         totals[name] = totals.get(name, 0) + value

@@ -14,7 +14,8 @@ from huggingface_hub import HfApi, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from distill.checkpoint import write_atomically
-from distill.config import Recipe, UserError, dump_recipe
+from distill.config import Recipe, UserError
+from distill.recipe import dump_recipe
 from distill.result import table_rows
 
 logger = logging.getLogger(__name__)

@@ -25,10 +25,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from distill.checkpoint import write_atomically, write_json
-from distill.config import Length, Recipe, StageConfig, UserError, dump_recipe
+from distill.config import Length, Recipe, StageConfig, UserError
 from distill.corpus import Blocks, Corpus, Split, load_corpus
 from distill.metrics import Documents, Score, build_reference, reading_window, score, score_reference
 from distill.progress import Progress
+from distill.recipe import dump_recipe
 from distill.result import compare, plot_curves, print_result, table_rows, versions
 from distill.samples import continuations, decode_speed
 from distill.student import LSTMForCausalLM
@@ -51,23 +52,23 @@ FREE_FIELDS = {
 
 def run(recipe: Recipe) -> dict[str, Any]:
     """Carry out a recipe; returns what stands in `result.json`."""
-    folder = recipe.folder
     accelerator = _accelerator(recipe)
-    finished = folder / "result.json"
-    _claim_folder(recipe, accelerator)
-    if finished.is_file():
-        result = json.loads(finished.read_text(encoding="utf-8"))
-        if accelerator.is_main_process:
-            logger.info("%s is complete already; choose another run.name to run it anew", folder)
-            print_result(result, folder)
-        return result
-    tracker = Tracker(accelerator, recipe)
     try:
-        result = _Job(recipe, accelerator, tracker).run()
+        _claim_folder(recipe, accelerator)
+        finished = recipe.folder / "result.json"
+        if finished.is_file():
+            result = json.loads(finished.read_text(encoding="utf-8"))
+            if accelerator.is_main_process:
+                logger.info("%s is complete already; choose another run.name to run it anew", recipe.folder)
+                print_result(result, recipe.folder)
+            return result
+        tracker = Tracker(accelerator, recipe)
+        try:
+            return _Job(recipe, accelerator, tracker).run()
+        finally:
+            tracker.finish()
     finally:
-        tracker.finish()
         _leave(accelerator)
-    return result
 
 
 class _Job:

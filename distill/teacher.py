@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,8 +29,10 @@ from distill.config import TeacherConfig, UserError
 from distill.corpus import BlockBatch, cache_root
 from distill.packaged import resolve_package
 from distill.signals import DenseSignal, Head, HiddenSignal, Signal
+from distill.student import LSTMForCausalLM  # its import makes the Auto classes know the student's folders
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPTIONS = "set corpus.reset_at_documents=false or another teacher.attn_implementation"
 MAX_PADDING_ROWS = 1024  # the largest paddings in use: 905 rows (Phi-2), 271 (Qwen2.5)
 
 
@@ -96,6 +99,7 @@ class LanguageModel:
                 f"try teacher.dtype=fp32 (found {self.model.dtype})",
                 every_process=True,
             )
+        hidden_Nd = hidden_Nd.to(self.head.weight_Vd.device)  # a spread-out teacher may have them apart
         return DenseSignal(self.head.logits(hidden_Nd)) if kind == "dense" else HiddenSignal(hidden_Nd, self.head)
 
     def check_window(self, window: int, packed: bool) -> None:
@@ -105,6 +109,8 @@ class LanguageModel:
                 f"teacher {self.name}: windows of {window} tokens (teacher.context + corpus.block_length) exceed its "
                 f"limit of {self.longest_window}"
             )
+        if packed and isinstance(self.model, LSTMForCausalLM):
+            raise UserError(f"teacher {self.name}: a recurrent teacher does not keep packed documents apart; {OPTIONS}")
         if packed:
             # What stands in one document must not change the next one by a single bit.
             positions_1W = torch.cat([torch.arange(6), torch.arange(10)])[None]
@@ -113,10 +119,7 @@ class LanguageModel:
             other_1W[:, :6] = ids_1W[:, :6].flip(-1)
             second, same = (self.hidden(ids, positions_1W)[:, 6:] for ids in (ids_1W, other_1W))
             if not torch.equal(second, same):
-                raise UserError(
-                    f"teacher {self.name}: its attention does not keep packed documents apart by position ids; "
-                    "set corpus.reset_at_documents=false, or another teacher.attn_implementation"
-                )
+                raise UserError(f"teacher {self.name}: its attention does not keep packed documents apart; {OPTIONS}")
 
 
 def load_teacher(config: TeacherConfig, device: torch.device) -> LanguageModel:
@@ -145,21 +148,24 @@ def load_language_model(
     role: str = "model",
 ) -> LanguageModel:
     """Load any causal model with its tokenizer; UserError names what was not found or does not fit."""
-    import distill.student  # noqa: F401  registers the student, so that its folders load without remote code
-
     torch_dtype = DTYPES[_resolve_dtype(dtype, device)]
     source = resolve_model(model, role)
     loading = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **loading)
-        network = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=torch_dtype,
             device_map=device_map,
             attn_implementation=attn_implementation,
+            output_loading_info=True,
             **loading,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        network: PreTrainedModel = loaded[0]
+        report: dict[str, Any] = loaded[1]
+        if report["missing_keys"]:  # transformers would put random numbers there, with no more than a warning
+            raise ValueError(f"weights missing: {', '.join(sorted(report['missing_keys'])[:4])}")
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"{role} {model}: cannot be loaded: {reason[0]} (expected a hub id, a folder of a pretrained causal "

@@ -27,11 +27,12 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from distill.config import CorpusConfig, EvaluationConfig, UserError, load_recipe
+from distill.config import CorpusConfig, EvaluationConfig, UserError
 from distill.corpus import load_corpus, separator_id
 from distill.documents import open_documents
 from distill.job import select_documents
 from distill.metrics import Documents, Score, reading_window, score
+from distill.recipe import load_recipe
 from distill.student import LSTMForCausalLM
 from distill.teacher import LanguageModel, load_language_model
 

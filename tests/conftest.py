@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # sizes are tiny: threads would only wait for each other
 for name in ("WANDB_API_KEY", "WANDB_MODE"):
     os.environ.pop(name, None)  # tests record offline, whatever the machine's owner does
 ROOT = Path(__file__).resolve().parent.parent

@@ -84,7 +84,7 @@ def test_tokenizer_and_head_that_do_not_match(world: World, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("texts", "expected"),
     [
-        ([], "holds no documents"),
+        ([], "no text, only 0 blank"),
         (["", "   "], "only 2 blank documents"),
         (["the river", "a city", "the old king is in the city"], "block"),
     ],

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distill.config import Length, Recipe, UserError, dump_recipe, load_recipe
+from distill.config import Length, Recipe, UserError
+from distill.recipe import dump_recipe, load_recipe
 
 TERMS = ("cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse")
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))

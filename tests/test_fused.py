@@ -239,6 +239,32 @@ def test_under_autocast_the_head_runs_in_half_precision() -> None:
     assert not torch.equal(sums["loss"], run_fused(student, signal, objective)[0]["loss"])
 
 
+@pytest.mark.parametrize("name", ["all", "forward_kl", "mixture"])
+@pytest.mark.parametrize("teachers_type", [torch.float32, torch.bfloat16])
+def test_under_autocast_the_losses_are_computed_in_fp32(
+    name: str, teachers_type: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the logits are rounded to bf16, not what is made of them."""
+    for rows in ("CHUNK_ROWS", "HEAD_ROWS"):
+        monkeypatch.setattr(fused, rows, B * T)
+    objective, student = DENSE_OBJECTIVES[name], make_student()
+    signal = DenseSignal(make_signal("dense").logits_NV.clone().to(teachers_type))
+    inputs_BT, labels_BT, reset_BT, state = make_batch()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        z_BTd = student.model(inputs_BT, past_key_values=LSTMCache(*state), reset_mask=reset_BT).last_hidden_state
+        logits_NV = student.lm_head(z_BTd).flatten(0, 1)
+        _, sums, _ = StudentWithLoss(student)(inputs_BT, labels_BT, reset_BT, state, signal, objective)
+    assert logits_NV.dtype == torch.bfloat16
+    for term, found in sums.items():
+        if term == "cross_entropy":
+            log_q_NV = torch.log_softmax(logits_NV.double(), -1)
+            expected = -log_q_NV.gather(1, labels_BT.flatten()[:, None]).sum()
+        else:
+            constants = objective.temperature, objective.jsd_beta
+            expected = definition(term, logits_NV.double(), signal.logits_NV.double(), *constants).sum()
+        assert abs(found - expected) <= 16 * EPS * expected, term
+
+
 def test_tied_embedding_and_head_share_one_gradient() -> None:
     student = make_student(tie_word_embeddings=True)
     assert student.lm_head.weight is student.model.embed_tokens.weight

@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, World, result_of, run_command
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import distill.student  # noqa: F401  makes the Auto classes know the student
-from distill.config import load_recipe
+from distill.hub import write_card
+from distill.recipe import load_recipe
 from distill.result import compare
+
+CPU = ROOT / "recipes/accelerate/cpu.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +26,7 @@ def run_folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = run_command(
         str(world.recipe),
         "run.output_dir=out",
-        launcher=("-m", "accelerate.commands.launch", "--config_file", str(ROOT / "recipes/accelerate/cpu.yaml"), "-m", "distill.run"),
+        launcher=("-m", "accelerate.commands.launch", "--config_file", str(CPU), "-m", "distill.run"),
         cwd=folder,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -122,3 +126,13 @@ def test_early_stopping_ends_a_stage(world: World, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr
     steps = [(p["stage"], p["step"]) for p in result_of(tmp_path / "tiny")["curves"]["student"]]
     assert steps == [(0, 1), (0, 2), (0, 3), (1, 4), (1, 5)]
+
+
+def test_model_card_says_what_was_measured(run_folder: Path, tmp_path: Path) -> None:
+    recipe, result = load_recipe(run_folder), result_of(run_folder)
+    write_card(recipe, result, tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == "text-generation"
+    assert {"potstill", "lstm"} <= set(card.data.tags or [])
+    for model in ("teacher", "student", "control"):
+        assert f"| {model} | {result[model]['perplexity']:.1f} |" in card.text

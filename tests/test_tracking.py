@@ -49,9 +49,7 @@ def history(folder: Path) -> list[dict[str, object]]:
 
 
 def test_offline_run_holds_the_curves(world: World, tmp_path: Path) -> None:
-    run = run_command(
-        str(world.recipe), f"run.output_dir={tmp_path}", "tracking=wandb", "tracking.every=2"
-    )
+    run = run_command(str(world.recipe), f"run.output_dir={tmp_path}", "tracking=wandb", "tracking.every=2")
     assert run.returncode == 0, run.stderr
     assert "wandb sync" in run.stderr
     folder = tmp_path / "tiny"
