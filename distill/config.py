@@ -116,6 +116,9 @@ class StudentConfig(Section):
     """Width of embedding and head. Default: the teacher's width, which copying from the teacher requires."""
     transplant: bool = True
     """Start from the teacher's embedding and output head instead of random ones."""
+    fit_tokens: Annotated[int, Field(ge=0)] = 8192
+    """With `transplant`: fit the output projection to the teacher's hidden states on this many training tokens before
+    the first step, by ridge regression on the still random LSTM's outputs. Its time counts as training; 0 for none."""
     tie_embeddings: bool | None = None
     """One matrix for embedding and head. Default: as in the teacher."""
     input_dropout: Fraction = 0.0

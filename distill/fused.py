@@ -41,6 +41,10 @@ class Objective:
     def needs_logits(self) -> bool:
         return set(self.weights) != {"hidden_mse"}
 
+    @property
+    def needs_teacher_logits(self) -> bool:
+        return not set(self.weights) <= {"cross_entropy", "hidden_mse"}
+
     def gradient(
         self, student_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None
     ) -> tuple[dict[str, Tensor], Tensor]:
@@ -175,7 +179,9 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                     logits_NV = z_compute[rows] @ weight_compute.t()
                     if bias_V is not None:
                         logits_NV = logits_NV.float() + bias_V
-                    teacher_NV = signal.logits(rows).to(logits_NV.device) if signal is not None else None
+                    teacher_NV = None
+                    if signal is not None and objective.needs_teacher_logits:
+                        teacher_NV = signal.logits(rows).to(logits_NV.device)
                     sums, grad_NV = objective.gradient(logits_NV, labels_N[rows], teacher_NV)
                     for name, value in sums.items():
                         totals[name] = totals.get(name, 0) + value

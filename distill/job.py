@@ -104,6 +104,7 @@ class _Job:
             training = Training(
                 "student", stages=recipe.stages, student=network, teacher=teacher, signal_kind=kind,
                 accelerator=self.accelerator, **shared,
+                fit_tokens=recipe.student.fit_tokens if recipe.student.transplant else 0,
             )  # fmt: skip
             progress = training.run()
         curves = {"student": progress.points}

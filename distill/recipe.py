@@ -97,7 +97,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
         if last:
             node[index] = value
         elif isinstance(node, dict) and not isinstance(node.get(index), dict | list):
-            node[index] = _long_form(part, node.get(index))
+            node[index] = _long_form(part, node[index]) if index in node else {}
         node = node[index]
 
 
@@ -105,6 +105,8 @@ def _long_form(name: str, short: Any) -> dict[str, Any]:
     """The section that a short form stands for."""
     if name == "objective" and isinstance(short, str):
         return {short: 1.0}
+    if name == "tracking" and short is None:
+        return {"tracker": "none"}
     return {SHORT_FORMS[name]: short} if name in SHORT_FORMS and short is not None else {}
 
 

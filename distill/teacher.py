@@ -85,7 +85,8 @@ class LanguageModel:
     def hidden(self, input_ids_BW: Tensor, position_ids_BW: Tensor | None = None) -> Tensor:
         """Final hidden states (B, W, d), after the last norm."""
         with torch.inference_mode():
-            extra = {} if position_ids_BW is None else {"position_ids": position_ids_BW.to(self.device)}
+            recurrent = isinstance(self.model, LSTMForCausalLM)  # which counts for itself
+            extra = {} if position_ids_BW is None or recurrent else {"position_ids": position_ids_BW.to(self.device)}
             output = self.model.base_model(input_ids=input_ids_BW.to(self.device), use_cache=False, **extra)
             return output.last_hidden_state
 

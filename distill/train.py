@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -31,14 +32,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from distill.checkpoint import Checkpoints, load_state, load_tensors, restore_optimizer, write_atomically
 from distill.config import Recipe, StageConfig, UserError
-from distill.corpus import Blocks, lane_order
+from distill.corpus import BlockBatch, Blocks, lane_order
 from distill.fused import Objective, State, StudentWithLoss
 from distill.metrics import Score
 from distill.progress import Clock, Interrupted, Progress, StopFlag
 from distill.schedule import learning_rate_factor
-from distill.student import LSTMForCausalLM
+from distill.signals import HiddenSignal
+from distill.student import LSTMCache, LSTMForCausalLM
 from distill.teacher import LanguageModel
 from distill.tracking import VALIDATION_FIGURES, Tracker
+from distill.transplant import OutputFit
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +63,14 @@ class Training:
         accelerator: Accelerator,
         tracker: Tracker,
         validate_at_tokens: int | None = None,
+        fit_tokens: int = 0,
     ) -> None:
         self.name, self.recipe, self.stages = name, recipe, stages
         self.student = student.to(accelerator.device)
         self.blocks, self.teacher, self.signal_kind = blocks, teacher, signal_kind
         self.validate, self.accelerator, self.tracker = validate, accelerator, tracker
         self.validate_at_tokens = validate_at_tokens
+        self.fit_tokens = fit_tokens
         self.checkpoints = Checkpoints(recipe.folder / "checkpoints" / name, recipe.run.keep_checkpoints)
         self.log_file = recipe.folder / f"{name}.log.jsonl"
         self.lanes = recipe.run.batch_size
@@ -83,6 +88,8 @@ class Training:
         Raises Interrupted after a saved stop, UserError for what the user can mend.
         """
         resumed = self._resume()
+        if resumed is None and self.fit_tokens:
+            self._fit_output()
         with StopFlag() as stop, logging_redirect_tqdm():
             while not self.progress.done:
                 self._run_stage(self.stages[self.progress.stage], resumed, stop)
@@ -144,6 +151,37 @@ class Training:
         progress.done = progress.stage == len(self.stages)
         self._save(None)
 
+    def _fit_output(self) -> None:
+        """Fit the output projection to the teacher on the first blocks of the first epoch; the clock runs."""
+        assert self.teacher is not None
+        model, accelerator, progress = self.student.model, self.accelerator, self.progress
+        began = time.perf_counter()
+        model.eval()
+        fit = OutputFit(model.config.hidden_size, self.teacher.width, accelerator.device)
+        features: list[Tensor] = []
+        hook = model.output_projection.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
+        states: dict[int, LSTMCache] = {}
+        steps = min(self.steps_per_epoch, math.ceil(self.fit_tokens / self.tokens_per_step))
+        for step in tqdm(range(steps), "fitting the output projection", disable=not accelerator.is_main_process):
+            for number, (block_ids, starts_B) in enumerate(self._micro_batches(step)):
+                batch, reset_BT = self._batch(block_ids, starts_B)
+                signal = self.teacher.signal(batch, "hidden")
+                assert isinstance(signal, HiddenSignal)
+                state = states.setdefault(number, LSTMCache())
+                inputs_BT, reset_BT = batch.inputs_BT.to(accelerator.device), reset_BT.to(accelerator.device)
+                with torch.no_grad(), accelerator.autocast():
+                    model(inputs_BT, past_key_values=state, reset_mask=reset_BT, use_cache=True)
+                fit.add(features.pop().flatten(0, 1), signal.hidden_Nd.to(accelerator.device).clone())
+        hook.remove()
+        fit.moment_HH, fit.moment_Hd = (accelerator.reduce(sums, "sum") for sums in (fit.moment_HH, fit.moment_Hd))
+        weight_dH, bias_d = fit.solve()
+        with torch.no_grad():
+            model.output_projection.weight.copy_(weight_dH)
+            model.output_projection.bias.copy_(bias_d)
+        progress.now.seconds = self._agree(time.perf_counter() - began, 0)[0]
+        progress.stage_start = Clock(**asdict(progress.now))
+        progress.last_validation = Clock(**asdict(progress.now))
+
     # ---------------------------------------------------------------- one step
 
     def _step(
@@ -158,15 +196,13 @@ class Training:
         teacher_seconds = 0.0
         micro_batches = list(self._micro_batches(steps))
         for number, (block_ids, starts_B) in enumerate(micro_batches):
-            batch = self.blocks.batch(block_ids)
+            batch, reset_BT = self._batch(block_ids, starts_B)
             signal = None
             if stage.needs_teacher:
                 assert self.teacher is not None
                 began = time.perf_counter()
                 signal = self.teacher.signal(batch, self.signal_kind)
                 teacher_seconds += time.perf_counter() - began
-            reset_BT = batch.reset_BT.clone()
-            reset_BT[:, 0] |= starts_B
             last = number == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
                 loss, parts, self.states[number] = model(
@@ -188,6 +224,13 @@ class Training:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return sums, grad_norm, teacher_seconds
+
+    def _batch(self, block_ids: Any, starts_B: Tensor) -> tuple[BlockBatch, Tensor]:
+        """Blocks and their resets; a lane that does not go on from its block before starts from zero as well."""
+        batch = self.blocks.batch(block_ids)
+        reset_BT = batch.reset_BT.clone()
+        reset_BT[:, 0] |= starts_B
+        return batch, reset_BT
 
     def _micro_batches(self, step: int) -> Iterator[tuple[Any, Tensor]]:
         """This process's block ids of a step, and which of them do not follow the lane's block before."""

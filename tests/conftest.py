@@ -120,7 +120,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
                     "threads": 1,
                 },
                 "teacher": {"model": str(teacher), "context": 4, "dtype": "fp32"},
-                "student": {"hidden_size": 16, "num_layers": 1},
+                "student": {"hidden_size": 16, "num_layers": 1, "fit_tokens": 128},
                 "corpus": {
                     "source": str(text),
                     "block_length": 8,
