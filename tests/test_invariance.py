@@ -78,7 +78,8 @@ def test_training_moves_and_is_logged(reference: tuple[Path, tuple[str, ...]]) -
     """The comparisons below would pass on a run that learns nothing; this one does not."""
     log = log_of(reference[0])
     assert [row["step"] for row in log] == list(range(1, 29))
-    assert log[11]["loss"] < 0.97 * log[0]["loss"]
+    # The fit before the first step has seen the first two steps' blocks, so the third is where training begins.
+    assert log[11]["loss"] < 0.9 * log[2]["loss"]
     assert all(row["grad_norm"] > 0 for row in log)
 
 
