@@ -113,9 +113,14 @@ class StudentConfig(Section):
     num_layers: Positive = 2
     """Number of residual LSTM blocks."""
     embedding_size: Positive | None = None
-    """Width of embedding and head. Default: the teacher's width, which copying from the teacher requires."""
+    """Width of embedding and head. Default: the teacher's width. With `transplant`, a smaller one takes the closest
+    matrices of that rank, in the metric of the teacher's hidden states; `python -m distill.transplant RECIPE` shows
+    what each rank loses."""
     transplant: bool = True
     """Start from the teacher's embedding and output head instead of random ones."""
+    vocabulary_min_count: Annotated[int, Field(ge=0)] = 0
+    """Cut tokens that occur less often than this in the training text from the vocabulary of teacher, student and
+    tokenizer; words with them are spelled in smaller tokens. Byte-level BPE only; 0 keeps all."""
     fit_tokens: Annotated[int, Field(ge=0)] = 8192
     """With `transplant`: fit the output projection to the teacher's hidden states on this many training tokens before
     the first step, by ridge regression on the still random LSTM's outputs. Its time counts as training; 0 for none."""
@@ -172,14 +177,47 @@ class CorpusConfig(Section):
 
 
 class TargetsConfig(Section):
-    """The form in which the teacher's knowledge reaches the loss."""
+    """The form in which the teacher's knowledge reaches the loss, and whether it is kept on disk."""
 
-    signal: Literal["auto", "dense", "hidden"] = "auto"
+    signal: Literal["auto", "dense", "hidden", "top_k", "sampled"] = "auto"
     """`dense`: the teacher's logits. `hidden`: its final hidden states, from which the same logits follow in chunks
-    through its head. `auto`: hidden where the teacher's head is a plain linear map (verified), else dense."""
+    through its head. `top_k`: its `k` most probable tokens and the mass of all others. `sampled`: `samples` random
+    tokens with importance weights, unbiased for forward KL. `auto`: hidden."""
+    k: Positive = 64
+    """Tokens kept by `top_k`."""
+    samples: Positive = 9
+    """Tokens kept by `sampled`."""
+    temperature: PositiveFloat = 1.0
+    """Softmax temperature at which `top_k` and `sampled` are taken; stages that use them must have the same."""
+    cache: bool = False
+    """Store the targets on disk before training and read them from there in every epoch. Time to build them counts as
+    training time, also when they were found built."""
+    hidden_dtype: Literal["int8", "fp16", "fp32"] = "int8"
+    """How the cache stores hidden states; `int8` has a scale for each token and one for each dimension."""
+    max_tokens: Positive | None = None
+    """Cache the targets of the first training tokens only, whole blocks; the student then trains on these."""
+    cache_dir: Path | None = None
+    """Folder of the cached targets. Default: a folder named by all they depend on, under `potstill/targets/` in the
+    user's cache folder."""
+    repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
+    """Hub data set that holds the cached targets, to be downloaded instead of built."""
+
+    @property
+    def kind(self) -> str:
+        """The signal's kind, with `auto` resolved."""
+        return "hidden" if self.signal == "auto" else self.signal
+
+    @model_validator(mode="after")
+    def _cache_fields(self) -> Self:
+        if not self.cache:
+            given = [name for name in ("max_tokens", "cache_dir", "repo") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(f"{', '.join(given)}: only for cached targets; set cache: true")
+        return self
 
 
-Term = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse"]
+Term = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse", "layer_mse"]
+HIDDEN_TERMS = {"hidden_mse", "layer_mse"}
 
 
 class StageConfig(Section):
@@ -192,9 +230,16 @@ class StageConfig(Section):
     """Terms and weights, for example `{forward_kl: 0.9, cross_entropy: 0.1}`; a single name means weight 1.
     `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the generalised
     Jensen-Shannon divergence, `hidden_mse` the squared distance of the student's output to the teacher's final
-    hidden state, per dimension."""
+    hidden state in the stage's `metric`, `layer_mse` the same, per dimension, between each LSTM block through a
+    learned projection and the teacher's layer at the same relative depth."""
     length: Length
     """How long the stage lasts."""
+    metric: Literal["identity", "gram", "fisher"] = "identity"
+    """Metric of `hidden_mse`. `identity`: mean over dimensions. `gram`: mean squared error of all logits. `fisher`:
+    KL(teacher || student) to second order, with the mean Fisher information over training tokens."""
+    ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    """Multiple of the identity added to `gram` and `fisher`, in units of their mean diagonal: it keeps directions
+    that the logits hardly depend on from drifting away."""
     temperature: PositiveFloat = 1.0
     """Softmax temperature of both sides; divergences are multiplied by its square."""
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -246,6 +291,11 @@ class StageConfig(Section):
     @property
     def needs_teacher(self) -> bool:
         return set(self.objective) != {"cross_entropy"}
+
+    @property
+    def hidden_terms(self) -> list[str]:
+        """Terms that compare hidden states."""
+        return sorted(HIDDEN_TERMS & set(self.objective))
 
 
 class ControlConfig(Section):
@@ -363,14 +413,23 @@ class Recipe(Section):
             where = f"stages.{number}"
             if self.student.tie_embeddings and len(stage.freeze & {"embedding", "head"}) == 1:
                 problems.append(f"{where}.freeze: embedding and head are tied; freeze both or neither")
-            if "hidden_mse" in stage.objective and self.targets.signal == "dense":
-                problems.append(f"{where}.objective: hidden_mse needs targets.signal hidden, found dense")
-            if "hidden_mse" in stage.objective and self.student.embedding_size is not None:
+            kind, terms = self.targets.kind, set(stage.objective)
+            if stage.hidden_terms and kind != "hidden":
                 problems.append(
-                    f"{where}.objective: hidden_mse needs the teacher's width; remove student.embedding_size"
+                    f"{where}.objective: {', '.join(stage.hidden_terms)} needs targets.signal hidden, found {kind}"
                 )
-        if self.student.transplant and self.student.embedding_size is not None:
-            problems.append("student.transplant copies matrices of the teacher's width; remove student.embedding_size")
+            if kind == "sampled" and (biased := terms - {"cross_entropy", "forward_kl"} - HIDDEN_TERMS):
+                problems.append(
+                    f"{where}.objective: {', '.join(sorted(biased))} would be biased with "
+                    "targets.signal sampled, which serves forward_kl and cross_entropy"
+                )
+            if kind in ("top_k", "sampled") and stage.needs_teacher and stage.temperature != self.targets.temperature:
+                problems.append(
+                    f"{where}.temperature: {stage.temperature}, but targets.temperature is "
+                    f"{self.targets.temperature}; {kind} targets are taken at one temperature"
+                )
+            if stage.metric != "identity" and "hidden_mse" not in terms:
+                problems.append(f"{where}.metric: {stage.metric} is for hidden_mse, which the objective does not have")
         if problems:
             raise ValueError("; ".join(problems))
         return self

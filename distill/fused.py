@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import losses
+from distill.metric import HiddenMetric
 from distill.signals import HiddenSignal, Signal
 from distill.student import LSTMCache, LSTMForCausalLM
 
@@ -36,6 +37,7 @@ class Objective:
     weights: dict[str, float]
     temperature: float = 1.0
     jsd_beta: float = 0.5
+    metric: HiddenMetric | None = None  # of hidden_mse; None is the identity
 
     @property
     def needs_logits(self) -> bool:
@@ -140,7 +142,8 @@ class StudentWithLoss(nn.Module):
             sums.update(zip(names, parts, strict=True))
         if "hidden_mse" in objective.weights:
             assert isinstance(signal, HiddenSignal), "the job checks that hidden states are at hand"
-            sums["hidden_mse"] = losses.hidden_mse(z_Nd, signal.hidden_Nd.to(z_Nd.device))
+            hidden_Nd, metric = signal.hidden_Nd.to(z_Nd.device), objective.metric
+            sums["hidden_mse"] = metric(z_Nd, hidden_Nd) if metric else losses.hidden_mse(z_Nd, hidden_Nd)
             loss = loss + objective.weights["hidden_mse"] * sums["hidden_mse"]
         assert carried.h_LBH is not None and carried.c_LBH is not None, "a block was read"
         return loss, {name: value.detach() for name, value in sums.items()}, (carried.h_LBH, carried.c_LBH)

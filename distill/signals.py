@@ -1,16 +1,22 @@
 """The typed soft targets: in what form the teacher's knowledge reaches the loss.
 
-Legend: N tokens, V vocabulary, d width of the teacher. A loss asks a signal for the teacher's logits of
-some rows and does not know whether they were stored or follow from hidden states; the hidden form needs
-d numbers a token in place of V and loses nothing.
+Three forms. *Dense*: all logits. *Hidden*: the teacher's final hidden state, from which the same logits follow
+through its head for d numbers a token. *Sparse*: a few outcomes with their probabilities, of two kinds that
+`SparseSignal` tells apart by its tail. An `Encoding` makes any of them from hidden states; a loss does not know
+whether a signal comes from a live teacher or from `distill/cache.py`.
+
+Legend: N tokens, V vocabulary, d width of the teacher, K outcomes a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+ENCODING_ROWS = 128  # tokens whose logits exist at one time while a sparse signal is made
 
 
 @dataclass(frozen=True)
@@ -56,4 +62,120 @@ class HiddenSignal:
         return self.head.logits(self.hidden_Nd[rows])
 
 
-Signal = DenseSignal | HiddenSignal
+@dataclass(frozen=True)
+class SparseSignal:
+    """Some outcomes `ids_NK` (int64) of each token with probabilities `probs_NK` (fp32) at `temperature`.
+
+    With `tail_N`, the mass outside the K ids, it is the teacher's distribution with all other outcomes in one:
+    a divergence of two such distributions bounds the full one from below. Ids of a row are distinct.
+
+    Without, it is a random sample that stands for the whole: `probs_NK` are importance weights which sum to 1, and
+    E[sum over k of probs_k f(ids_k)] = sum over v of p_v f(v) for every f. Whatever is linear in p, so cross-entropy
+    and forward KL with its gradient, is unbiased (arXiv 2503.16870); nothing else is. Unused places have weight 0.
+    `entropy_N` is then that of p in nats, which KL needs besides.
+    """
+
+    ids_NK: Tensor
+    probs_NK: Tensor
+    temperature: float
+    tail_N: Tensor | None = None
+    entropy_N: Tensor | None = None
+
+
+Signal = DenseSignal | HiddenSignal | SparseSignal
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Which signal is made of the teacher's hidden states: `dense`, `hidden`, `top_k` or `sampled`.
+
+    `outcomes` is K of the sparse kinds, `temperature` that of their softmax, `seed` that of the sampling.
+    """
+
+    kind: str
+    outcomes: int = 0
+    temperature: float = 1.0
+    seed: int = 0
+
+    def signal(self, hidden_Nd: Tensor, head: Head, block_ids: Sequence[int]) -> Signal:
+        """The signal of N = len(block_ids) * T tokens; what is drawn at random follows from each block's number."""
+        if self.kind == "hidden":
+            return HiddenSignal(hidden_Nd, head)
+        if self.kind == "dense":
+            return DenseSignal(head.logits(hidden_Nd))
+        block_length = len(hidden_Nd) // len(block_ids)
+        offsets_N = torch.cat([self._offsets(block, block_length) for block in block_ids]).to(hidden_Nd.device)
+        parts = []
+        for start in range(0, len(hidden_Nd), ENCODING_ROWS):
+            rows = slice(start, start + ENCODING_ROWS)
+            log_p_NV = torch.log_softmax(head.logits(hidden_Nd[rows]) / self.temperature, -1)
+            parts.append(
+                top_k(log_p_NV, self.outcomes, self.temperature)
+                if self.kind == "top_k"
+                else sample(log_p_NV, self.outcomes, self.temperature, offsets_N[rows])
+            )
+        return concatenate(parts)
+
+    def _offsets(self, block: int, block_length: int) -> Tensor:
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + block) % 2**63)
+        return torch.rand(block_length, generator=generator)
+
+
+def top_k(log_p_NV: Tensor, k: int, temperature: float) -> SparseSignal:
+    """The k most probable outcomes and the mass of the others, from log-probabilities at `temperature`."""
+    top_NK, ids_NK = log_p_NV.topk(k, dim=-1)
+    probs_NK = top_NK.exp()
+    return SparseSignal(ids_NK, probs_NK, temperature, tail_N=(1 - probs_NK.sum(-1)).clamp_min(0))
+
+
+def sample(log_p_NV: Tensor, k: int, temperature: float, offsets_N: Tensor) -> SparseSignal:
+    """At most k outcomes drawn without replacement, each with an importance weight: probability / chance to be drawn.
+
+    Outcome v is drawn with chance min(1, p_v / s). The probable ones are certain and keep their exact probability;
+    of the rest, each draw stands for the mass s (Horvitz and Thompson 1952). Draws are systematic (Madow 1949): points
+    at distance s through the cumulated rest, from an offset in [0, 1) that is uniform, so weights sum to 1 exactly and
+    no sample has more than k outcomes. For a given k no other chances give these estimates less variance.
+    """
+    vocabulary = log_p_NV.shape[-1]
+    k = min(k, vocabulary)
+    entropy_N = -(log_p_NV.exp() * log_p_NV).sum(-1)
+    top_NK, ids_NK = log_p_NV.topk(k, dim=-1)
+    top_NK = top_NK.exp()
+    # With m certain outcomes, the others get k - m draws of s = rest / (k - m) each. Take m as small as leaves every
+    # other outcome at most one draw: p of the next one <= s.
+    certain_K = torch.arange(k, device=log_p_NV.device)
+    rest_NK = (1 - torch.cumsum(top_NK, -1) + top_NK).clamp_min(0)  # mass outside the first m, m = 0 ... k - 1
+    enough_NK = top_NK * (k - certain_K) <= rest_NK
+    enough_NK[:, -1] = True
+    certain_N1 = enough_NK.int().argmax(-1, keepdim=True)
+    spacing_N1 = rest_NK.gather(1, certain_N1) / (k - certain_N1)
+    is_certain_NK = certain_K < certain_N1
+    remaining_NV = log_p_NV.exp()
+    remaining_NV.scatter_(1, ids_NK, remaining_NV.gather(1, ids_NK).masked_fill(is_certain_NK, 0.0))
+    cumulated_NV = remaining_NV.cumsum(-1, dtype=torch.float64)
+    # The last point has to lie within what rounding left of the mass.
+    scale_N1 = cumulated_NV[:, -1:] / (k - certain_N1)
+    points_NK = (certain_K - certain_N1 + offsets_N[:, None].double()) * scale_N1
+    drawn_NK = torch.searchsorted(cumulated_NV, points_NK.clamp_min(0), right=True).clamp_max(vocabulary - 1)
+    return SparseSignal(
+        ids_NK=torch.where(is_certain_NK, ids_NK, drawn_NK),
+        probs_NK=torch.where(is_certain_NK, top_NK, spacing_N1),
+        temperature=temperature,
+        entropy_N=entropy_N,
+    )
+
+
+def concatenate(parts: Sequence[SparseSignal]) -> SparseSignal:
+    """One signal of the rows of several of a kind."""
+    first = parts[0]
+
+    def joined(name: str) -> Tensor | None:
+        return None if getattr(first, name) is None else torch.cat([getattr(part, name) for part in parts])
+
+    return SparseSignal(
+        torch.cat([part.ids_NK for part in parts]),
+        torch.cat([part.probs_NK for part in parts]),
+        first.temperature,
+        tail_N=joined("tail_N"),
+        entropy_N=joined("entropy_N"),
+    )
