@@ -108,11 +108,13 @@ class Encoding:
         parts = []
         for start in range(0, len(hidden_Nd), ENCODING_ROWS):
             rows = slice(start, start + ENCODING_ROWS)
-            log_p_NV = torch.log_softmax(head.logits(hidden_Nd[rows]) / self.temperature, -1)
+            logits_NV = head.logits(hidden_Nd[rows])
+            if self.temperature != 1:
+                logits_NV = logits_NV / self.temperature
             parts.append(
-                top_k(log_p_NV, self.outcomes, self.temperature)
+                top_k(logits_NV, self.outcomes, self.temperature)
                 if self.kind == "top_k"
-                else sample(log_p_NV, self.outcomes, self.temperature, offsets_N[rows])
+                else sample(logits_NV, self.outcomes, self.temperature, offsets_N[rows])
             )
         return concatenate(parts)
 
@@ -121,45 +123,44 @@ class Encoding:
         return torch.rand(block_length, generator=generator)
 
 
-def top_k(log_p_NV: Tensor, k: int, temperature: float) -> SparseSignal:
-    """The k most probable outcomes and the mass of the others, from log-probabilities at `temperature`."""
-    top_NK, ids_NK = log_p_NV.topk(k, dim=-1)
-    probs_NK = top_NK.exp()
+def top_k(logits_NV: Tensor, k: int, temperature: float) -> SparseSignal:
+    """The k most probable outcomes and the mass of the others, from logits already divided by `temperature`."""
+    top_NK, ids_NK = logits_NV.topk(k, dim=-1)
+    probs_NK = (top_NK - logits_NV.logsumexp(-1, keepdim=True)).exp()
     return SparseSignal(ids_NK, probs_NK, temperature, tail_N=(1 - probs_NK.sum(-1)).clamp_min(0))
 
 
-def sample(log_p_NV: Tensor, k: int, temperature: float, offsets_N: Tensor) -> SparseSignal:
+def sample(logits_NV: Tensor, k: int, temperature: float, offsets_N: Tensor) -> SparseSignal:
     """At most k outcomes drawn without replacement, each with an importance weight: probability / chance to be drawn.
 
-    Outcome v is drawn with chance min(1, p_v / s). The probable ones are certain and keep their exact probability;
-    of the rest, each draw stands for the mass s (Horvitz and Thompson 1952). Draws are systematic (Madow 1949): points
-    at distance s through the cumulated rest, from an offset in [0, 1) that is uniform, so weights sum to 1 exactly and
-    no sample has more than k outcomes. For a given k no other chances give these estimates less variance.
+    From logits already divided by `temperature`. Outcome v is drawn with chance min(1, p_v / s): the probable ones are
+    certain and keep their exact probability; of the rest, each draw stands for the mass s (Horvitz and Thompson 1952).
+    Draws are systematic (Madow 1949): points at distance s through the cumulated rest, from an offset in [0, 1) that is
+    uniform, so weights sum to 1 and no sample has more than k outcomes. For a given k no other chances give these
+    estimates less variance.
     """
-    vocabulary = log_p_NV.shape[-1]
-    k = min(k, vocabulary)
-    entropy_N = -(log_p_NV.exp() * log_p_NV).sum(-1)
-    top_NK, ids_NK = log_p_NV.topk(k, dim=-1)
-    top_NK = top_NK.exp()
+    highest_N1, k = logits_NV.amax(-1, keepdim=True), min(k, logits_NV.shape[-1])
+    mass_NV = (logits_NV - highest_N1).exp_()
+    total_N1 = mass_NV.sum(-1, keepdim=True)
+    mean_logit_N = torch.linalg.vecdot(mass_NV, logits_NV) / total_N1[:, 0]
+    entropy_N = (highest_N1 + total_N1.log())[:, 0] - mean_logit_N
+    top_NK, ids_NK = mass_NV.topk(k, dim=-1)
     # With m certain outcomes, the others get k - m draws of s = rest / (k - m) each. Take m as small as leaves every
-    # other outcome at most one draw: p of the next one <= s.
-    certain_K = torch.arange(k, device=log_p_NV.device)
-    rest_NK = (1 - torch.cumsum(top_NK, -1) + top_NK).clamp_min(0)  # mass outside the first m, m = 0 ... k - 1
-    enough_NK = top_NK * (k - certain_K) <= rest_NK
+    # other outcome at most one draw: the mass of the next one <= s.
+    order_K = torch.arange(k, device=logits_NV.device)
+    rest_NK = (total_N1 - torch.cumsum(top_NK, -1) + top_NK).clamp_min(0)  # outside the first m, m = 0 ... k - 1
+    enough_NK = top_NK * (k - order_K) <= rest_NK
     enough_NK[:, -1] = True
     certain_N1 = enough_NK.int().argmax(-1, keepdim=True)
-    spacing_N1 = rest_NK.gather(1, certain_N1) / (k - certain_N1)
-    is_certain_NK = certain_K < certain_N1
-    remaining_NV = log_p_NV.exp()
-    remaining_NV.scatter_(1, ids_NK, remaining_NV.gather(1, ids_NK).masked_fill(is_certain_NK, 0.0))
-    cumulated_NV = remaining_NV.cumsum(-1, dtype=torch.float64)
-    # The last point has to lie within what rounding left of the mass.
-    scale_N1 = cumulated_NV[:, -1:] / (k - certain_N1)
-    points_NK = (certain_K - certain_N1 + offsets_N[:, None].double()) * scale_N1
-    drawn_NK = torch.searchsorted(cumulated_NV, points_NK.clamp_min(0), right=True).clamp_max(vocabulary - 1)
+    is_certain_NK = order_K < certain_N1
+    mass_NV.scatter_(1, ids_NK, top_NK.masked_fill(is_certain_NK, 0.0))
+    cumulated_NV = mass_NV.cumsum(-1)
+    spacing_N1 = cumulated_NV[:, -1:] / (k - certain_N1)
+    points_NK = (order_K - certain_N1 + offsets_N[:, None]) * spacing_N1
+    drawn_NK = torch.searchsorted(cumulated_NV, points_NK.clamp_min(0), right=True).clamp_max(logits_NV.shape[-1] - 1)
     return SparseSignal(
         ids_NK=torch.where(is_certain_NK, ids_NK, drawn_NK),
-        probs_NK=torch.where(is_certain_NK, top_NK, spacing_N1),
+        probs_NK=torch.where(is_certain_NK, top_NK, spacing_N1) / total_N1,
         temperature=temperature,
         entropy_N=entropy_N,
     )
