@@ -30,11 +30,11 @@ from distill.config import UserError
 FOLDER = re.compile(r"step-(\d{8})")
 
 
-def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
+def write_atomically(target: Path, write: Callable[[Path], object], field: str = "run.output_dir") -> None:
     """Let `write` fill a temporary path beside `target`, flush it to disk, then rename it into place.
 
-    Works for files and folders; a folder that exists is replaced. Raises UserError where the disk refuses,
-    and leaves what was there before.
+    Works for files and folders; a folder that exists is replaced. Raises UserError where the disk refuses, with the
+    recipe field that says where to write, and leaves what was there before.
     """
     temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{part}tmp") for part in ("", "old."))
     try:
@@ -54,16 +54,17 @@ def write_atomically(target: Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{target}: cannot be written: {error}. What was saved before is untouched; make room or choose another "
-            "run.output_dir, then run the same command again"
+            f"{field}, then run the same command again"
         ) from None
     finally:  # whatever went wrong, be it Ctrl-C
         _remove(temporary)
         _remove(old)
 
 
-def write_json(target: Path, content: Any) -> None:
+def write_json(target: Path, content: Any, field: str = "run.output_dir") -> None:
     """Write JSON atomically."""
-    write_atomically(target, lambda path: path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+    text = json.dumps(content, indent=1) + "\n"
+    write_atomically(target, lambda path: path.write_text(text, encoding="utf-8"), field)
 
 
 class Checkpoints:

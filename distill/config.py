@@ -113,14 +113,9 @@ class StudentConfig(Section):
     num_layers: Positive = 2
     """Number of residual LSTM blocks."""
     embedding_size: Positive | None = None
-    """Width of embedding and head. Default: the teacher's width. With `transplant`, a smaller one takes the closest
-    matrices of that rank, in the metric of the teacher's hidden states; `python -m distill.transplant RECIPE` shows
-    what each rank loses."""
+    """Width of embedding and head. Default: the teacher's width, which copying from the teacher requires."""
     transplant: bool = True
     """Start from the teacher's embedding and output head instead of random ones."""
-    vocabulary_min_count: Annotated[int, Field(ge=0)] = 0
-    """Cut tokens that occur less often than this in the training text from the vocabulary of teacher, student and
-    tokenizer; words with them are spelled in smaller tokens. Byte-level BPE only; 0 keeps all."""
     fit_tokens: Annotated[int, Field(ge=0)] = 8192
     """With `transplant`: fit the output projection to the teacher's hidden states on this many training tokens before
     the first step, by ridge regression on the still random LSTM's outputs. Its time counts as training; 0 for none."""
@@ -216,8 +211,8 @@ class TargetsConfig(Section):
         return self
 
 
-Term = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse", "layer_mse"]
-HIDDEN_TERMS = {"hidden_mse", "layer_mse"}
+Term = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse"]
+HIDDEN_TERMS = {"hidden_mse"}
 
 
 class StageConfig(Section):
@@ -230,8 +225,7 @@ class StageConfig(Section):
     """Terms and weights, for example `{forward_kl: 0.9, cross_entropy: 0.1}`; a single name means weight 1.
     `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the generalised
     Jensen-Shannon divergence, `hidden_mse` the squared distance of the student's output to the teacher's final
-    hidden state in the stage's `metric`, `layer_mse` the same, per dimension, between each LSTM block through a
-    learned projection and the teacher's layer at the same relative depth."""
+    hidden state, in the stage's `metric`."""
     length: Length
     """How long the stage lasts."""
     metric: Literal["identity", "gram", "fisher"] = "identity"

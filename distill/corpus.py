@@ -22,6 +22,7 @@ context, W = C + T. Try it on a file of yours:
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -278,9 +279,16 @@ class Blocks:
         self.tokens, self.block_length, self.context = split.tokens, block_length, context
         self.reset_at_documents = reset_at_documents
         self.starts = split.starts if reset_at_documents else np.zeros(1, dtype=np.int64)
+        self.count = (len(self.tokens) - 1) // block_length
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 1) // self.block_length
+        return self.count
+
+    def first(self, count: int) -> Blocks:
+        """The same blocks without those after the first `count`."""
+        fewer = copy.copy(self)
+        fewer.count = min(count, self.count)
+        return fewer
 
     def batch(self, block_ids: np.ndarray) -> BlockBatch:
         """The blocks with these numbers, in this order."""

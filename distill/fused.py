@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from distill import losses
 from distill.metric import HiddenMetric
-from distill.signals import HiddenSignal, Signal
+from distill.signals import HiddenSignal, Signal, SparseSignal
 from distill.student import LSTMCache, LSTMForCausalLM
 
 State = tuple[Tensor, Tensor]  # (h_LBH, c_LBH)
@@ -48,7 +48,7 @@ class Objective:
         return not set(self.weights) <= {"cross_entropy", "hidden_mse"}
 
     def gradient(
-        self, student_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None
+        self, student_NV: Tensor, labels_N: Tensor, teacher: Tensor | SparseSignal | None
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Each logit term's unweighted sum in nats, and the gradient (N, V) of the weighted sum in fp32.
 
@@ -70,10 +70,14 @@ class Objective:
                 grad_NV = log_q1_NV.exp()
                 grad_NV.scatter_add_(1, label_N1, grad_NV.new_full((1, 1), -1.0).expand_as(label_N1))
                 scale = weight
+            elif isinstance(teacher, SparseSignal):
+                sums[name], grad_NV = self._sparse_divergence(name, student_NV, teacher)
+                sums[name] = sums[name] * T**2
+                scale = weight * T
             else:
-                assert teacher_NV is not None, "the job gives every divergence a signal"
+                assert teacher is not None, "the job gives every divergence a signal"
                 if log_p_NV is None or log_q_NV is None or p_NV is None or q_NV is None:
-                    log_q_NV, log_p_NV = _log_softmax(student_NV, T), _log_softmax(teacher_NV, T)
+                    log_q_NV, log_p_NV = _log_softmax(student_NV, T), _log_softmax(teacher, T)
                     q_NV, p_NV = log_q_NV.exp(), log_p_NV.exp()
                 sums[name], grad_NV = self._divergence(name, log_p_NV, log_q_NV, p_NV, q_NV)
                 sums[name] = sums[name] * T**2
@@ -83,6 +87,35 @@ class Objective:
             total_NV = grad_NV if total_NV is None else total_NV.add_(grad_NV)
         assert total_NV is not None
         return sums, total_NV
+
+    def _sparse_divergence(self, name: str, student_NV: Tensor, signal: SparseSignal) -> tuple[Tensor, Tensor]:
+        """As `_divergence`, of a few outcomes: the gradient of all others is the student's softmax, scaled by row."""
+        if signal.temperature != self.temperature:
+            raise ValueError(f"a signal at temperature {signal.temperature} for a loss at {self.temperature}")
+        ids_NK, student_NV = signal.ids_NK, student_NV.float()
+        if self.temperature != 1:
+            student_NV = student_NV / self.temperature
+        highest_N1 = student_NV.amax(-1, keepdim=True)
+        mass_NV = (student_NV - highest_N1).exp_()
+        if signal.tail_N is None:
+            if name != "forward_kl" or signal.entropy_N is None:
+                raise ValueError(f"{name} of sampled outcomes would be biased")
+            total_N1 = mass_NV.sum(-1, keepdim=True)
+            log_q_NK = student_NV.gather(1, ids_NK) - (highest_N1 + total_N1.log())
+            value = -(signal.probs_NK * log_q_NK).sum() - signal.entropy_N.sum()
+            return value, mass_NV.div_(total_N1).scatter_add_(1, ids_NK, -signal.probs_NK)
+        given_NK = mass_NV.gather(1, ids_NK)
+        mass_NV.scatter_(1, ids_NK, 0.0)
+        others_N1 = mass_NV.sum(-1, keepdim=True)
+        # L = K + 1 outcomes; logarithms of 0 are cut off, and always meet a factor of 0.
+        mass_NL = torch.cat([given_NK, others_N1], 1)
+        total_N1 = mass_NL.sum(-1, keepdim=True)
+        log_q_NL = torch.cat([student_NV.gather(1, ids_NK) - highest_N1, others_N1.clamp_min(losses.TINY).log()], 1)
+        p_NL = torch.cat([signal.probs_NK, signal.tail_N[:, None]], 1)
+        log_p_NL = p_NL.clamp_min(losses.TINY).log()
+        value, grad_NL = self._divergence(name, log_p_NL, log_q_NL - total_N1.log(), p_NL, mass_NL / total_N1)
+        grad_NV = mass_NV.mul_(grad_NL[:, -1:] / others_N1.clamp_min(losses.TINY))
+        return value, grad_NV.scatter_(1, ids_NK, grad_NL[:, :-1])
 
     def _divergence(
         self, name: str, log_p_NV: Tensor, log_q_NV: Tensor, p_NV: Tensor, q_NV: Tensor
@@ -182,10 +215,13 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                     logits_NV = z_compute[rows] @ weight_compute.t()
                     if bias_V is not None:
                         logits_NV = logits_NV.float() + bias_V
-                    teacher_NV = None
+                    teacher: Tensor | SparseSignal | None = None
                     if signal is not None and objective.needs_teacher_logits:
-                        teacher_NV = signal.logits(rows).to(logits_NV.device)
-                    sums, grad_NV = objective.gradient(logits_NV, labels_N[rows], teacher_NV)
+                        if isinstance(signal, SparseSignal):
+                            teacher = signal.rows(rows, logits_NV.device)
+                        else:
+                            teacher = signal.logits(rows).to(logits_NV.device)
+                    sums, grad_NV = objective.gradient(logits_NV, labels_N[rows], teacher)
                     for name, value in sums.items():
                         totals[name] = totals.get(name, 0) + value
                     if grad_bias is not None:

@@ -33,6 +33,7 @@ from distill.recipe import dump_recipe
 from distill.result import compare, plot_curves, print_result, table_rows, versions
 from distill.samples import continuations, decode_speed
 from distill.student import LSTMForCausalLM
+from distill.targets import CachedTargets, LiveTargets, Targets, cached_blocks, make_encoding, open_targets
 from distill.teacher import LanguageModel, hardware_has_bf16, load_teacher, wrap
 from distill.tracking import Tracker
 from distill.train import Training, micro_batch_size
@@ -52,7 +53,7 @@ FREE_FIELDS = {
 
 def run(recipe: Recipe) -> dict[str, Any]:
     """Carry out a recipe; returns what stands in `result.json`."""
-    accelerator = _accelerator(recipe)
+    accelerator = start_accelerator(recipe)
     try:
         _claim_folder(recipe, accelerator)
         finished = recipe.folder / "result.json"
@@ -68,7 +69,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         finally:
             tracker.finish()
     finally:
-        _leave(accelerator)
+        leave(accelerator)
 
 
 class _Job:
@@ -78,20 +79,20 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         recipe = self.recipe
-        with self._timed("teacher_loading"), self.accelerator.main_process_first():
-            teacher = load_teacher(recipe.teacher, self.accelerator.device)
-            teacher.check_window(
-                recipe.teacher.context + recipe.corpus.block_length, packed=recipe.corpus.reset_at_documents
-            )
-        with self._timed("corpus"), self.accelerator.main_process_first():
-            corpus = load_corpus(recipe.corpus, teacher.tokenizer, progress=self.accelerator.is_main_process)
+        with self._timed("teacher_and_text"):
+            parts = TeacherAndText(recipe, self.accelerator)
+            teacher, corpus = parts.teacher, parts.corpus
         with self._timed("teacher_validation"):
             validator = Validator(recipe, corpus, teacher, self.accelerator)
-        blocks = Blocks(
-            corpus.train, recipe.corpus.block_length, recipe.teacher.context, recipe.corpus.reset_at_documents
-        )
-        shared: dict[str, Any] = {"recipe": recipe, "blocks": blocks, "validate": validator, "tracker": self.tracker}
-        kind = "hidden" if recipe.targets.signal == "auto" else recipe.targets.signal
+        with self._timed("targets"):
+            targets = parts.targets()
+        shared: dict[str, Any] = {
+            "recipe": recipe,
+            "teacher": teacher,
+            "validate": validator,
+            "accelerator": self.accelerator,
+            "tracker": self.tracker,
+        }
 
         with self._timed("student"):
             network = build_student(
@@ -102,8 +103,7 @@ class _Job:
                 transplant=recipe.student.transplant,
             )
             training = Training(
-                "student", stages=recipe.stages, student=network, teacher=teacher, signal_kind=kind,
-                accelerator=self.accelerator, **shared,
+                "student", stages=recipe.stages, student=network, blocks=parts.cached_blocks, targets=targets, **shared,
                 fit_tokens=recipe.student.fit_tokens if recipe.student.transplant else 0,
             )  # fmt: skip
             progress = training.run()
@@ -115,8 +115,8 @@ class _Job:
                     recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=False
                 )
                 control = Training(
-                    "control", stages=(_control_stage(recipe, progress),), student=network, teacher=None,
-                    signal_kind=kind, accelerator=self.accelerator, validate_at_tokens=progress.now.tokens, **shared,
+                    "control", stages=(_control_stage(recipe, progress),), student=network, blocks=parts.blocks,
+                    validate_at_tokens=progress.now.tokens, **shared,
                 )  # fmt: skip
                 control_progress = control.run()
             curves["control"] = control_progress.points
@@ -136,6 +136,9 @@ class _Job:
         result["student"]["tokens_trained"] = progress.now.tokens
         result["student"]["train_seconds"] = progress.now.seconds
         result["student"]["teacher_seconds"] = progress.teacher_seconds
+        result["targets"] = {"kind": targets.encoding.kind, "cached": isinstance(targets, CachedTargets)}
+        if isinstance(targets, CachedTargets):
+            result["targets"] |= {"seconds": targets.seconds, "bytes_per_token": targets.bytes_per_token}
         if recipe.control.enabled:
             result["control"]["tokens_trained"] = control_progress.now.tokens
             result["control"]["train_seconds"] = control_progress.now.seconds
@@ -192,6 +195,41 @@ class _Job:
         began = time.perf_counter()
         yield
         self.wall_seconds[part] = time.perf_counter() - began
+
+
+class TeacherAndText:
+    """What every job begins with: the teacher, the text in its tokens, and blocks of it. Collective."""
+
+    def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+        self.recipe, self.accelerator = recipe, accelerator
+        with accelerator.main_process_first():
+            self.teacher = load_teacher(recipe.teacher, accelerator.device)
+            self.teacher.check_window(
+                recipe.teacher.context + recipe.corpus.block_length, packed=recipe.corpus.reset_at_documents
+            )
+        self.encoding = make_encoding(recipe.targets, self.teacher.vocab_size)
+        with accelerator.main_process_first():
+            self.corpus = load_corpus(recipe.corpus, self.teacher.tokenizer, progress=accelerator.is_main_process)
+        self.blocks = Blocks(
+            self.corpus.train, recipe.corpus.block_length, recipe.teacher.context, recipe.corpus.reset_at_documents
+        )
+        self.cached_blocks = cached_blocks(self.blocks, recipe.targets.max_tokens)
+
+    def targets(self) -> Targets:
+        """From the cache or the live teacher, as the recipe says."""
+        return self.cached_targets() if self.recipe.targets.cache else LiveTargets(self.teacher, self.encoding)
+
+    def cached_targets(self) -> CachedTargets:
+        """The recipe's cache, built as far as it is missing."""
+        return open_targets(
+            self.recipe.targets,
+            self.teacher,
+            self.corpus,
+            self.cached_blocks,
+            self.accelerator,
+            batch_tokens=self.recipe.evaluation.batch_tokens,
+            cache_dir=self.recipe.corpus.cache_dir,
+        )
 
 
 class Validator:
@@ -280,7 +318,7 @@ def _control_stage(recipe: Recipe, student: Progress) -> StageConfig:
     )
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
+def start_accelerator(recipe: Recipe) -> Accelerator:
     torch.set_flush_denormal(True)  # saturated LSTM gates make denormals, which are slow on CPUs
     _keep_freed_memory()
     log_with = "wandb" if recipe.tracking.tracker == "wandb" else None
@@ -365,7 +403,7 @@ def _differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
     return found
 
 
-def _leave(accelerator: Accelerator) -> None:
+def leave(accelerator: Accelerator) -> None:
     """Take the process group down in order; gloo otherwise often aborts at exit although all work is done."""
     accelerator.free_memory()
     if torch.distributed.is_initialized():

@@ -16,6 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distill.signals import SparseSignal
+
+TINY = 1e-37  # in place of a probability of 0, whose logarithm is infinite
+
 
 def cross_entropy(student_NV: Tensor, labels_N: Tensor) -> Tensor:
     """-sum log q(label) at temperature 1, in nats."""
@@ -68,3 +72,25 @@ DIVERGENCES: dict[str, Divergence] = {
 
 def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
     return F.log_softmax(logits_NV.float() / temperature, dim=-1)
+
+
+def coarsen(student_NV: Tensor, signal: SparseSignal) -> tuple[Tensor, Tensor]:
+    """Student and teacher as logits (N, K + 1), at temperature 1, of a signal's K outcomes and of all others as one.
+
+    For a signal with a tail. Of these, a divergence at temperature 1 times T^2 is the sparse one.
+    """
+    assert signal.tail_N is not None, "sampled outcomes stand for all"
+    student_NV = student_NV.float() / signal.temperature
+    given_NK = student_NV.gather(1, signal.ids_NK)
+    if signal.ids_NK.shape[1] == student_NV.shape[1]:
+        return given_NK, signal.probs_NK.log()
+    others_N1 = student_NV.scatter(1, signal.ids_NK, -math.inf).logsumexp(-1, keepdim=True)
+    probs_NL = torch.cat([signal.probs_NK, signal.tail_N[:, None]], 1)
+    return torch.cat([given_NK, others_N1], 1), probs_NL.clamp_min(TINY).log()
+
+
+def sampled_forward_kl(student_NV: Tensor, signal: SparseSignal) -> Tensor:
+    """KL(p || q) from sampled outcomes with importance weights: without bias, as its gradient is."""
+    assert signal.entropy_N is not None, "a sampled signal brings its entropy"
+    log_q_NK = _log_softmax(student_NV, signal.temperature).gather(1, signal.ids_NK)
+    return signal.temperature**2 * (-(signal.probs_NK * log_q_NK).sum() - signal.entropy_N.sum())

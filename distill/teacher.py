@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from distill.config import TeacherConfig, UserError
 from distill.corpus import BlockBatch, cache_root
 from distill.packaged import resolve_package
-from distill.signals import DenseSignal, Head, HiddenSignal, Signal
+from distill.signals import Encoding, Head, Signal
 from distill.student import LSTMForCausalLM  # its import makes the Auto classes know the student's folders
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -90,7 +90,7 @@ class LanguageModel:
             output = self.model.base_model(input_ids=input_ids_BW.to(self.device), use_cache=False, **extra)
             return output.last_hidden_state
 
-    def signal(self, batch: BlockBatch, kind: str) -> Signal:
+    def signal(self, batch: BlockBatch, encoding: Encoding) -> Signal:
         """What the teacher says about a batch of blocks; N = B * T rows in the order of the labels."""
         block_length = batch.inputs_BT.shape[1]
         hidden_Nd = self.hidden(batch.window_BW, batch.positions_BW)[:, -block_length:].flatten(0, 1)
@@ -101,7 +101,8 @@ class LanguageModel:
                 every_process=True,
             )
         hidden_Nd = hidden_Nd.to(self.head.weight_Vd.device)  # a spread-out teacher may have them apart
-        return DenseSignal(self.head.logits(hidden_Nd)) if kind == "dense" else HiddenSignal(hidden_Nd, self.head)
+        with torch.inference_mode():
+            return encoding.signal(hidden_Nd, self.head, batch.block_ids_B.tolist())
 
     def check_window(self, window: int, packed: bool) -> None:
         """Raise UserError where windows are longer than the model allows, or packed documents are not kept apart."""
@@ -253,6 +254,15 @@ def _convert_gguf(path: Path, role: str) -> Path:
     except OSError:  # another process was first
         shutil.rmtree(temporary)
     return folder
+
+
+def hash_weights(network: torch.nn.Module) -> str:
+    """sha256 of all parameters as loaded: names, types and values."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(network.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _resolve_dtype(dtype: str, device: torch.device) -> str:

@@ -34,11 +34,13 @@ from distill.checkpoint import Checkpoints, load_state, load_tensors, restore_op
 from distill.config import Recipe, StageConfig, UserError
 from distill.corpus import BlockBatch, Blocks, lane_order
 from distill.fused import Objective, State, StudentWithLoss
+from distill.metric import HiddenMetric, MetricSums
 from distill.metrics import Score
 from distill.progress import Clock, Interrupted, Progress, StopFlag
 from distill.schedule import learning_rate_factor
-from distill.signals import HiddenSignal
+from distill.signals import Encoding, HiddenSignal
 from distill.student import LSTMCache, LSTMForCausalLM
+from distill.targets import Targets
 from distill.teacher import LanguageModel
 from distill.tracking import VALIDATION_FIGURES, Tracker
 from distill.transplant import OutputFit
@@ -57,17 +59,17 @@ class Training:
         stages: tuple[StageConfig, ...],
         student: LSTMForCausalLM,
         blocks: Blocks,
-        teacher: LanguageModel | None,
-        signal_kind: str,
+        teacher: LanguageModel,
         validate: Callable[[LSTMForCausalLM], Score],
         accelerator: Accelerator,
         tracker: Tracker,
+        targets: Targets | None = None,
         validate_at_tokens: int | None = None,
         fit_tokens: int = 0,
     ) -> None:
         self.name, self.recipe, self.stages = name, recipe, stages
         self.student = student.to(accelerator.device)
-        self.blocks, self.teacher, self.signal_kind = blocks, teacher, signal_kind
+        self.blocks, self.teacher, self.targets = blocks, teacher, targets
         self.validate, self.accelerator, self.tracker = validate, accelerator, tracker
         self.validate_at_tokens = validate_at_tokens
         self.fit_tokens = fit_tokens
@@ -88,6 +90,9 @@ class Training:
         Raises Interrupted after a saved stop, UserError for what the user can mend.
         """
         resumed = self._resume()
+        if resumed is None and self.targets is not None:
+            self._spend(self.targets.seconds)
+            self.progress.teacher_seconds = self.targets.seconds
         if resumed is None and self.fit_tokens:
             self._fit_output()
         with StopFlag() as stop, logging_redirect_tqdm():
@@ -107,7 +112,7 @@ class Training:
             state = load_state(resumed)
             if state["optimizer_groups"]:
                 restore_optimizer(optimizer, resumed, state)
-        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta)
+        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta, self._metric(stage, resumed is None))
         last_saved = Clock(**asdict(progress.now))
         with self._bar(stage) as bar:
             while True:
@@ -153,34 +158,60 @@ class Training:
 
     def _fit_output(self) -> None:
         """Fit the output projection to the teacher on the first blocks of the first epoch; the clock runs."""
-        assert self.teacher is not None
-        model, accelerator, progress = self.student.model, self.accelerator, self.progress
+        model, accelerator = self.student.model, self.accelerator
         began = time.perf_counter()
         model.eval()
         fit = OutputFit(model.config.hidden_size, self.teacher.width, accelerator.device)
         features: list[Tensor] = []
         hook = model.output_projection.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
         states: dict[int, LSTMCache] = {}
-        steps = min(self.steps_per_epoch, math.ceil(self.fit_tokens / self.tokens_per_step))
-        for step in tqdm(range(steps), "fitting the output projection", disable=not accelerator.is_main_process):
-            for number, (block_ids, starts_B) in enumerate(self._micro_batches(step)):
-                batch, reset_BT = self._batch(block_ids, starts_B)
-                signal = self.teacher.signal(batch, "hidden")
-                assert isinstance(signal, HiddenSignal)
-                state = states.setdefault(number, LSTMCache())
-                inputs_BT, reset_BT = batch.inputs_BT.to(accelerator.device), reset_BT.to(accelerator.device)
-                with torch.no_grad(), accelerator.autocast():
-                    model(inputs_BT, past_key_values=state, reset_mask=reset_BT, use_cache=True)
-                fit.add(features.pop().flatten(0, 1), signal.hidden_Nd.to(accelerator.device).clone())
+        for number, batch, reset_BT, hidden_Nd in self._first_hidden_states("fitting the output projection"):
+            state = states.setdefault(number, LSTMCache())
+            inputs_BT, reset_BT = batch.inputs_BT.to(accelerator.device), reset_BT.to(accelerator.device)
+            with torch.no_grad(), accelerator.autocast():
+                model(inputs_BT, past_key_values=state, reset_mask=reset_BT, use_cache=True)
+            fit.add(features.pop().flatten(0, 1), hidden_Nd)
         hook.remove()
         fit.moment_HH, fit.moment_Hd = (accelerator.reduce(sums, "sum") for sums in (fit.moment_HH, fit.moment_Hd))
         weight_dH, bias_d = fit.solve()
         with torch.no_grad():
             model.output_projection.weight.copy_(weight_dH)
             model.output_projection.bias.copy_(bias_d)
-        progress.now.seconds = self._agree(time.perf_counter() - began, 0)[0]
-        progress.stage_start = Clock(**asdict(progress.now))
-        progress.last_validation = Clock(**asdict(progress.now))
+        self._spend(self._agree(time.perf_counter() - began, 0)[0])
+
+    def _metric(self, stage: StageConfig, fresh: bool) -> HiddenMetric | None:
+        """The metric of a stage's hidden regression; the Fisher one from the first blocks. Its time counts once."""
+        if stage.metric == "identity":
+            return None
+        began = time.perf_counter()
+        sums = MetricSums(self.teacher.head, stage.metric)
+        if stage.metric == "fisher":
+            for _, _, _, hidden_Nd in self._first_hidden_states("mean Fisher information"):
+                sums.add(hidden_Nd)
+        metric = sums.metric(stage.ridge, lambda total: self.accelerator.reduce(total, "sum"))
+        if fresh:
+            self._spend(self._agree(time.perf_counter() - began, 0)[0])
+        return metric
+
+    def _first_hidden_states(self, title: str) -> Iterator[tuple[int, BlockBatch, Tensor, Tensor]]:
+        """Number, blocks, resets and teacher's hidden states (N, d) of the first micro-batches of the first epoch."""
+        steps = min(self.steps_per_epoch, math.ceil((self.fit_tokens or 4096) / self.tokens_per_step))
+        of_targets = self.targets is not None and self.targets.encoding.kind == "hidden"
+        for step in tqdm(range(steps), title, disable=not self.accelerator.is_main_process):
+            for number, (block_ids, starts_B) in enumerate(self._micro_batches(step)):
+                batch, reset_BT = self._batch(block_ids, starts_B)
+                if of_targets and self.targets is not None:
+                    signal = self.targets.signal(batch)
+                else:
+                    signal = self.teacher.signal(batch, Encoding("hidden"))
+                assert isinstance(signal, HiddenSignal)
+                yield number, batch, reset_BT, signal.hidden_Nd.to(self.accelerator.device).clone()
+
+    def _spend(self, seconds: float) -> None:
+        """Count time of work before a stage's first step; the stage itself begins after it."""
+        self.progress.now.seconds += seconds
+        self.progress.stage_start = Clock(**asdict(self.progress.now))
+        self.progress.last_validation = Clock(**asdict(self.progress.now))
 
     # ---------------------------------------------------------------- one step
 
@@ -199,9 +230,9 @@ class Training:
             batch, reset_BT = self._batch(block_ids, starts_B)
             signal = None
             if stage.needs_teacher:
-                assert self.teacher is not None
+                assert self.targets is not None
                 began = time.perf_counter()
-                signal = self.teacher.signal(batch, self.signal_kind)
+                signal = self.targets.signal(batch)
                 teacher_seconds += time.perf_counter() - began
             last = number == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(model):

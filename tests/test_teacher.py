@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from distill.config import TeacherConfig, UserError
 from distill.corpus import BlockBatch
 from distill.packaged import resolve_package
+from distill.signals import Encoding
 from distill.student import LSTMConfig
 from distill.teacher import (
     MAX_PADDING_ROWS,
@@ -136,7 +137,7 @@ def test_rows_of_the_head_without_a_token_are_cut_off(name: str) -> None:
     assert teacher.vocab_size == V and teacher.head.weight_Vd.shape == (V, 16)
     assert (teacher.head.bias_V is None) == (name == "llama")
     batch = make_batch(packed=False)
-    logits_NV = teacher.signal(batch, "dense").logits(slice(None))
+    logits_NV = teacher.signal(batch, Encoding("dense")).logits(slice(None))
     assert logits_NV.shape == (2 * T, V)
     with torch.no_grad():
         expected_BWV = teacher.model(input_ids=batch.window_BW).logits
@@ -192,7 +193,7 @@ def test_heads_of_several_architectures(name: str, scale: float, softcap: float 
     with torch.no_grad():
         expected_NV = network(input_ids=batch.window_BW).logits[:, -T:, :V].flatten(0, 1).float()
     for kind in ("dense", "hidden"):
-        found_NV = model.signal(batch, kind).logits(slice(None))
+        found_NV = model.signal(batch, Encoding(kind)).logits(slice(None))
         assert found_NV.dtype == torch.float32
         assert (found_NV - expected_NV).norm() <= 16 * torch.finfo(dtype).eps * expected_NV.norm()
 
@@ -224,7 +225,7 @@ def test_a_layer_between_hidden_state_and_head_is_refused() -> None:
 def test_packed_documents_are_read_as_if_each_stood_alone(name: str) -> None:
     teacher, batch = make_teacher(name), make_batch(packed=True)
     teacher.check_window(32, packed=True)
-    found_BTd = teacher.signal(batch, "hidden").hidden_Nd.view(2, T, -1)
+    found_BTd = teacher.signal(batch, Encoding("hidden")).hidden_Nd.view(2, T, -1)
     alone = {
         (0, 0, W): teacher.hidden(batch.window_BW[:1]),
         **{(1, a, b): teacher.hidden(batch.window_BW[1:, a:b]) for a, b in ((0, 7), (7, 10), (10, W))},
@@ -258,7 +259,7 @@ def test_output_that_is_not_finite_is_refused(bad: float) -> None:
     with torch.no_grad():
         teacher.model.get_input_embeddings().weight[make_batch(packed=False).window_BW[1, -1]] = bad
     with pytest.raises(UserError, match=r"teacher llama: its output on blocks \[4, 9\] is not finite") as caught:
-        teacher.signal(make_batch(packed=False), "dense")
+        teacher.signal(make_batch(packed=False), Encoding("dense"))
     assert caught.value.every_process, "the others do not see it"
 
 

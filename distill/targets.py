@@ -1,0 +1,475 @@
+"""Soft targets for training: asked of the live teacher, or kept on disk and read in every epoch.
+
+A cache is a folder:
+
+    targets.json                manifest: what the targets are of (`identity`), shards with sizes and checksums
+    data/train-00000.arrow      one row a block: its number and its targets (Arrow stream, as `datasets` writes)
+    README.md                   a data set card, so that `datasets.load_dataset` reads the folder or its upload
+    building/00000.json         record of a shard that is done, until the manifest has it
+
+Rows are keyed by block, never by step or process, so order of reading, accumulation and number of processes cannot
+misalign targets and text. Shard s holds blocks s * S to (s + 1) * S - 1; each process builds shards of its own, under
+another name first, so that a shard is whole or missing whenever the machine stops. Opening a cache compares its
+identity with the run's, and every shard with its checksum; what is damaged or missing is built again, nothing else.
+
+Columns, numbers per token: hidden int8 `hidden` d, `scale` 1 (the state is hidden * scale * the manifest's
+`dimension_scale`), or `hidden` d in fp16 or fp32; dense `logits` V; top_k `ids` K, `probs` K, `tail` 1; sampled
+`ids` K, `probs` K, `entropy` 1.
+
+Legend: B blocks, T block length, N = B * T tokens, V vocabulary, d width of the teacher, K outcomes, S blocks a shard.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Protocol
+
+import datasets
+import filelock
+import numpy as np
+import pyarrow as pa
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from distill.checkpoint import write_atomically, write_json
+from distill.config import TargetsConfig, UserError
+from distill.corpus import BlockBatch, Blocks, Corpus, cache_root, hash_tokenizer
+from distill.signals import DenseSignal, Encoding, Head, HiddenSignal, Signal, SparseSignal
+from distill.teacher import LanguageModel, hash_weights
+
+FORMAT = 1
+MANIFEST = "targets.json"
+SHARD_BYTES = 32 * 2**20  # a shard is no larger, but for one block
+SHARD_TOKENS = 16_384  # and holds no more, so that little is lost when a build is stopped
+
+
+class Targets(Protocol):
+    """Where a training gets its signals."""
+
+    @property
+    def encoding(self) -> Encoding: ...
+
+    @property
+    def seconds(self) -> float:
+        """Wall time that was spent on targets before training."""
+        ...
+
+    def signal(self, batch: BlockBatch) -> Signal:
+        """What the teacher says about a batch of blocks; N = B * T rows in the order of the labels."""
+        ...
+
+
+class LiveTargets:
+    """The teacher reads every batch anew."""
+
+    seconds = 0.0
+
+    def __init__(self, teacher: LanguageModel, encoding: Encoding) -> None:
+        self.teacher, self.encoding = teacher, encoding
+
+    def signal(self, batch: BlockBatch) -> Signal:
+        return self.teacher.signal(batch, self.encoding)
+
+
+class CachedTargets:
+    """Targets read from a folder, memory-mapped."""
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], head: Head, seconds: float) -> None:
+        """`seconds`: wall time that building took."""
+        self.folder, self.manifest, self.head, self.seconds = folder, manifest, head, seconds
+        identity = manifest["identity"]
+        self.encoding = Encoding(identity["encoding"], identity["outcomes"], identity["temperature"])
+        self.layout = Layout(identity, manifest["dimension_scale"])
+        self._shard = cache(self._map)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Bytes of the shards a token."""
+        shards = self.manifest["shards"].values()
+        tokens = sum(shard["blocks"] for shard in shards) * self.layout.block_length
+        return sum(shard["bytes"] for shard in shards) / tokens
+
+    def signal(self, batch: BlockBatch) -> Signal:
+        places = [divmod(int(block), self.manifest["blocks_per_shard"]) for block in batch.block_ids_B]
+        columns = {
+            name: torch.from_numpy(np.stack([self._shard(shard)[name][row] for shard, row in places]).reshape(-1, n))
+            for name, (_, n) in self.layout.columns.items()
+        }
+        device = self.head.weight_Vd.device
+        return self.layout.unpack({name: column.to(device) for name, column in columns.items()}, self.head)
+
+    def _map(self, shard: int) -> dict[str, np.ndarray]:
+        with pa.memory_map(str(self.folder / shard_file(shard))) as file:
+            table = pa.ipc.open_stream(file).read_all()
+        arrays = {}
+        for name in self.layout.columns:
+            column: Any = table.column(name).combine_chunks()
+            values = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+            arrays[name] = values.flatten().to_numpy(zero_copy_only=True).reshape(table.num_rows, -1)
+        return arrays
+
+
+class Layout:
+    """How a signal of some blocks becomes columns of numbers, and back."""
+
+    def __init__(self, identity: dict[str, Any], dimension_scale: Sequence[float] | None) -> None:
+        self.identity, self.block_length = identity, identity["block_length"]
+        kind, K, d, V = (identity[name] for name in ("encoding", "outcomes", "width", "vocab_size"))
+        self.dimension_scale_d = None if dimension_scale is None else torch.tensor(dimension_scale)
+        ids = np.uint16 if V <= 2**16 else np.uint32
+        floats = {"int8": np.int8, "fp16": np.float16, "fp32": np.float32}
+        columns: dict[str, tuple[type, int]]  # type and numbers per token
+        if kind == "hidden":
+            columns = {"hidden": (floats[identity["hidden_dtype"]], d)}
+            if identity["hidden_dtype"] == "int8":
+                columns["scale"] = (np.float32, 1)
+        elif kind == "dense":
+            columns = {"logits": (np.float16, V)}
+        else:
+            rest = "tail" if kind == "top_k" else "entropy"
+            columns = {"ids": (ids, K), "probs": (np.float16, K), rest: (np.float16, 1)}
+        self.columns = columns
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes a token, without the block's number."""
+        return sum(np.dtype(dtype).itemsize * n for dtype, n in self.columns.values())
+
+    @property
+    def features(self) -> datasets.Features:
+        """The columns as `datasets` knows them."""
+        fields = {
+            name: datasets.List(datasets.Value(np.dtype(dtype).name), length=self.block_length * n)
+            for name, (dtype, n) in self.columns.items()
+        }
+        return datasets.Features({"block": datasets.Value("int64"), **fields})
+
+    def pack(self, signal: Signal) -> dict[str, np.ndarray]:
+        """Columns of a signal, (N, numbers per token) each."""
+        numbers: dict[str, Tensor]
+        if isinstance(signal, HiddenSignal):
+            hidden_Nd = signal.hidden_Nd.float()
+            numbers = {"hidden": hidden_Nd}
+            if self.dimension_scale_d is not None:
+                scaled_Nd = hidden_Nd / self.dimension_scale_d.to(hidden_Nd.device)
+                scale_N1 = scaled_Nd.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+                numbers = {"hidden": (scaled_Nd / scale_N1).round(), "scale": scale_N1}
+        elif isinstance(signal, DenseSignal):
+            # A softmax sees no constant, and fp16 keeps the most digits where the logits are near 0.
+            numbers = {"logits": signal.logits_NV - signal.logits_NV.amax(-1, keepdim=True)}
+        else:
+            rest = {"tail": signal.tail_N} if signal.tail_N is not None else {"entropy": signal.entropy_N}
+            numbers = {"ids": signal.ids_NK, "probs": signal.probs_NK, **{k: v[:, None] for k, v in rest.items()}}  # type: ignore[index]
+        return {name: numbers[name].cpu().numpy().astype(dtype) for name, (dtype, _) in self.columns.items()}
+
+    def unpack(self, columns: dict[str, Tensor], head: Head) -> Signal:
+        """The signal that columns of N rows stand for. Probabilities are scaled to sum to 1 again."""
+        if "hidden" in columns:
+            hidden_Nd = columns["hidden"].float()
+            if self.dimension_scale_d is not None:
+                hidden_Nd = hidden_Nd * columns["scale"] * self.dimension_scale_d.to(hidden_Nd.device)
+            return HiddenSignal(hidden_Nd, head)
+        if "logits" in columns:
+            return DenseSignal(columns["logits"].float())
+        probs_NK, tail_N = columns["probs"].float(), columns["tail"].float()[:, 0] if "tail" in columns else None
+        total_N = probs_NK.sum(-1) if tail_N is None else probs_NK.sum(-1) + tail_N
+        return SparseSignal(
+            columns["ids"].long(),
+            probs_NK / total_N[:, None],
+            self.identity["temperature"],
+            tail_N=None if tail_N is None else tail_N / total_N,
+            entropy_N=columns["entropy"].float()[:, 0] if "entropy" in columns else None,
+        )
+
+
+def make_encoding(config: TargetsConfig, vocab_size: int) -> Encoding:
+    """The recipe's encoding; UserError where more outcomes are asked for than there are tokens."""
+    if config.kind not in ("top_k", "sampled"):
+        return Encoding(config.kind)
+    field, outcomes = ("k", config.k) if config.kind == "top_k" else ("samples", config.samples)
+    if outcomes > vocab_size:
+        raise UserError(
+            f"targets.{field}: expected at most the {vocab_size} tokens of the vocabulary, found {outcomes}"
+        )
+    return Encoding(config.kind, outcomes, config.temperature)
+
+
+def open_targets(
+    config: TargetsConfig,
+    teacher: LanguageModel,
+    corpus: Corpus,
+    blocks: Blocks,
+    accelerator: Accelerator,
+    *,
+    batch_tokens: int,
+    cache_dir: Path | None = None,
+) -> CachedTargets:
+    """The recipe's cache, complete: validated, and built by all processes as far as it is missing or damaged.
+
+    Collective. `batch_tokens`: tokens that the teacher reads at once. `cache_dir`: root of caches without a
+    `targets.cache_dir`. UserError names what does not match, with both values, or what cannot be read or written.
+    """
+    identity = {
+        "teacher_weights": hash_weights(teacher.model),
+        "tokenizer": hash_tokenizer(teacher.tokenizer),
+        "corpus": corpus.fingerprint,
+        "vocab_size": teacher.vocab_size,
+        "width": teacher.width,
+        "block_length": blocks.block_length,
+        "window": blocks.context + blocks.block_length,
+        "reset_at_documents": blocks.reset_at_documents,
+        **_encoding_fields(config, teacher),
+    }
+    digest = hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()[:32]
+    folder = config.cache_dir or cache_root(cache_dir) / "targets" / digest
+    main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    with _locked(folder) if main else contextlib.nullcontext():
+        if main and config.repo:
+            _download(config.repo, folder)
+        manifest = _claim(folder, identity, teacher, blocks, config) if main else None
+        manifest = broadcast_object_list([manifest])[0]
+        assert manifest is not None
+        size = manifest["blocks_per_shard"]
+        wanted = {first // size: min(size, len(blocks) - first) for first in range(0, len(blocks), size)}
+        layout = Layout(identity, manifest["dimension_scale"])
+        known = {int(number): record for number, record in manifest["shards"].items()}
+        mine = list(wanted)[rank::world]
+        bad = _damaged(folder, {number: known.get(number) for number in mine}, wanted, progress=main)
+        missing = sorted(number for part in gather_object([bad]) for number in part) if world > 1 else bad
+        if missing and config.repo:
+            raise UserError(
+                f"targets.repo: {config.repo} lacks or has damaged {len(missing)} of {len(wanted)} shards, the first "
+                f"{shard_file(missing[0])}; complete it where it was built, or remove targets.repo to build it here"
+            )
+        encoding = make_encoding(config, teacher.vocab_size)
+        progress = tqdm(
+            total=sum(wanted[number] for number in missing) * blocks.block_length,
+            desc=f"{encoding.kind} targets",
+            unit="tok",
+            unit_scale=True,
+            disable=not main or not missing,
+        )
+        with progress:
+            for number in missing[rank::world]:
+                ids = np.arange(number * size, number * size + wanted[number])
+                _build_shard(folder, number, ids, teacher, blocks, encoding, layout, batch_tokens)
+                progress.update(min(wanted[number] * blocks.block_length * world, progress.total - progress.n))
+        accelerator.wait_for_everyone()
+        if main:
+            manifest = _collect(folder, manifest)
+        manifest = broadcast_object_list([manifest])[0]
+        assert manifest is not None
+    seconds = sum(manifest["shards"][str(number)]["seconds"] for number in wanted) / world
+    return CachedTargets(folder, manifest, teacher.head, seconds)
+
+
+def shard_file(number: int) -> str:
+    """A shard's path in the folder."""
+    return f"data/train-{number:05d}.arrow"
+
+
+def _encoding_fields(config: TargetsConfig, teacher: LanguageModel) -> dict[str, Any]:
+    encoding = make_encoding(config, teacher.vocab_size)
+    dtype = config.hidden_dtype if encoding.kind == "hidden" else None
+    return {
+        "encoding": encoding.kind,
+        "outcomes": encoding.outcomes,
+        "temperature": encoding.temperature,
+        "hidden_dtype": dtype,
+    }
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Any:
+    """One job at a time builds in a folder; another one waits and finds the work done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"targets.cache_dir: {folder} cannot be written: {error}; choose another place") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _download(repo: str, folder: Path) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(repo, repo_type="dataset", local_dir=folder)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"targets.repo: {repo} cannot be downloaded to {folder}: {reason}") from None
+
+
+def _claim(
+    folder: Path, identity: dict[str, Any], teacher: LanguageModel, blocks: Blocks, config: TargetsConfig
+) -> dict[str, Any]:
+    """The folder's manifest with all shards that are recorded; a new one where there is none."""
+    file = folder / MANIFEST
+    if file.exists():
+        try:
+            manifest = json.loads(file.read_text(encoding="utf-8"))
+            found_format = manifest["format"]
+            found = manifest["identity"] if found_format == FORMAT else None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file}: expected the manifest of cached targets, found {error!r}; delete the folder"
+            ) from None
+        if found is None:
+            raise UserError(
+                f"{file}: expected format {FORMAT}, found {found_format}; "
+                "it was written by another version of potstill: update, or choose another targets.cache_dir"
+            )
+        differences = [
+            f"{name}: the cache has {found.get(name)!r}, the run {value!r}"
+            for name, value in identity.items()
+            if found.get(name) != value
+        ]
+        if differences:
+            raise UserError(
+                f"cached targets in {folder} belong to another run; choose another targets.cache_dir:\n  "
+                + "\n  ".join(differences)
+            )
+    elif config.repo:
+        raise UserError(f"targets.repo: {config.repo} holds no {MANIFEST}; expected a data set made by distill.cache")
+    else:
+        scale = None
+        if identity["hidden_dtype"] == "int8":
+            first = teacher.signal(blocks.batch(np.arange(min(8, len(blocks)))), Encoding("hidden"))
+            assert isinstance(first, HiddenSignal)
+            scale = first.hidden_Nd.float().std(0).clamp_min(1e-6).tolist()
+        block_bytes = Layout(identity, scale).token_bytes * blocks.block_length
+        manifest = {
+            "format": FORMAT,
+            "teacher": teacher.name,
+            "identity": identity,
+            "dimension_scale": scale,
+            "blocks_per_shard": max(1, min(SHARD_BYTES // block_bytes, SHARD_TOKENS // blocks.block_length)),
+            "shards": {},
+        }
+        _write_card(folder, manifest)
+        write_json(file, manifest, "targets.cache_dir")
+    return _collect(folder, manifest)
+
+
+def _collect(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Take the records of finished shards into the manifest."""
+    records = sorted((folder / "building").glob("[0-9]*.json"))
+    if records:
+        shards = {**manifest["shards"], **{str(int(p.stem)): json.loads(p.read_text("utf-8")) for p in records}}
+        manifest = {**manifest, "shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
+        write_json(folder / MANIFEST, manifest, "targets.cache_dir")
+        for record in records:
+            record.unlink()
+    return manifest
+
+
+def _damaged(
+    folder: Path, records: dict[int, dict[str, Any] | None], wanted: dict[int, int], *, progress: bool
+) -> list[int]:
+    """Numbers of the shards that are not there, too short or not what their checksum says."""
+    bad = []
+    bar: Iterable[int] = tqdm(records, "checking targets", unit="shard", disable=not progress, leave=False)
+    for number in bar:
+        record, file = records[number], folder / shard_file(number)
+        if record is None or record["blocks"] < wanted[number]:
+            bad.append(number)
+            continue
+        try:
+            size = file.stat().st_size
+            problem = f"{size} bytes instead of {record['bytes']}" if size != record["bytes"] else None
+            if problem is None and _checksum(file) != record["sha256"]:
+                problem = "its checksum differs"
+        except OSError as error:
+            problem = str(error)
+        if problem:
+            tqdm.write(f"{file}: damaged ({problem}); it will be built again")
+            bad.append(number)
+    return bad
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _build_shard(
+    folder: Path,
+    number: int,
+    block_ids: np.ndarray,
+    teacher: LanguageModel,
+    blocks: Blocks,
+    encoding: Encoding,
+    layout: Layout,
+    batch_tokens: int,
+) -> None:
+    """Ask the teacher about some blocks and write the shard, then its record."""
+    began = time.perf_counter()
+    step = max(1, batch_tokens // (blocks.context + blocks.block_length))
+    parts = []
+    for start in range(0, len(block_ids), step):
+        with torch.inference_mode():
+            parts.append(layout.pack(teacher.signal(blocks.batch(block_ids[start : start + step]), encoding)))
+    schema = layout.features.arrow_schema
+    arrays = [pa.array(block_ids)]
+    for name, (_, n) in layout.columns.items():
+        values = pa.array(np.concatenate([part[name] for part in parts]).reshape(-1))
+        arrays.append(pa.FixedSizeListArray.from_arrays(values, blocks.block_length * n))
+    table = pa.Table.from_arrays([a.cast(f.type) for a, f in zip(arrays, schema, strict=True)], schema=schema)
+
+    def write(path: Path) -> None:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as stream:
+            stream.write_batch(table.to_batches()[0])
+
+    file = folder / shard_file(number)
+    try:
+        write_atomically(file, write, "targets.cache_dir")
+        record = {"blocks": len(block_ids), "bytes": file.stat().st_size, "sha256": _checksum(file)}
+        record["seconds"] = round(time.perf_counter() - began, 3)
+        write_json(folder / "building" / f"{number:05d}.json", record, "targets.cache_dir")
+    except UserError as error:
+        raise UserError(str(error), every_process=True) from None
+
+
+def _write_card(folder: Path, manifest: dict[str, Any]) -> None:
+    lines = [f"| {name} | `{value}` |" for name, value in manifest["identity"].items()]
+    text = "\n".join(
+        [
+            "---",
+            "configs:",
+            "- config_name: default",
+            "  data_files: data/*.arrow",
+            "tags: [knowledge-distillation, potstill]",
+            "---",
+            f"# Soft targets of {manifest['teacher']}",
+            "",
+            "One row a block of training text, in the order of the text; made and read by Potstill.",
+            "",
+            "| | |",
+            "|---|---|",
+            *lines,
+            "",
+        ]
+    )
+    write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"), "targets.cache_dir")
+
+
+def cached_blocks(blocks: Blocks, max_tokens: int | None) -> Blocks:
+    """The first blocks that hold `max_tokens` tokens, rounded up to whole blocks."""
+    if max_tokens is None:
+        return blocks
+    return blocks.first(math.ceil(max_tokens / blocks.block_length))

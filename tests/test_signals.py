@@ -1,0 +1,81 @@
+"""Encodings of the teacher's distribution: what is kept, and that sampling is unbiased.
+
+Legend: N tokens, V vocabulary, K outcomes, d width of the teacher.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from distill import signals
+from distill.signals import Encoding, Head, HiddenSignal, SparseSignal, sample, top_k
+
+V, D = 40, 6
+
+
+def make_head() -> Head:
+    return Head(torch.randn(V, D, generator=torch.Generator().manual_seed(0)))
+
+
+def make_hidden(tokens: int) -> Tensor:
+    return torch.randn(tokens, D, generator=torch.Generator().manual_seed(1))
+
+
+def test_top_k_keeps_the_most_probable_and_the_rest_in_one() -> None:
+    logits_NV = make_head().logits(make_hidden(9))
+    p_NV = torch.softmax(logits_NV, -1)
+    signal = top_k(logits_NV, 5, 1.0)
+    assert signal.tail_N is not None
+    torch.testing.assert_close(signal.probs_NK, p_NV.topk(5).values)
+    torch.testing.assert_close(p_NV.gather(1, signal.ids_NK), signal.probs_NK)
+    torch.testing.assert_close(signal.tail_N, 1 - p_NV.topk(5).values.sum(-1))
+
+
+@pytest.mark.parametrize("sharpness", [0.05, 1.0, 3.0, 12.0])
+@pytest.mark.parametrize("k", [1, 4, 9])
+def test_sampling_is_unbiased_with_weights_that_sum_to_one(sharpness: float, k: int) -> None:
+    """Over 20,000 draws of one distribution, every weight's mean is its probability within 5 standard errors."""
+    draws = 20_000
+    logits_1V = make_head().logits(make_hidden(1)) * sharpness
+    p_V = torch.softmax(logits_1V, -1)[0]
+    offsets_N = torch.rand(draws, generator=torch.Generator().manual_seed(2))
+    signal = sample(logits_1V.expand(draws, V), k, 1.0, offsets_N)
+    torch.testing.assert_close(signal.probs_NK.sum(-1), torch.ones(draws), atol=1e-5, rtol=0)
+    weights_NV = torch.zeros(draws, V).scatter_add(1, signal.ids_NK, signal.probs_NK)
+    error_V = weights_NV.std(0) / draws**0.5
+    assert ((weights_NV.mean(0) - p_V).abs() <= 5 * error_V + 1e-5).all()
+    assert signal.entropy_N is not None
+    torch.testing.assert_close(signal.entropy_N[0], torch.special.entr(p_V).sum())
+    assert all(len(set(ids)) == k for ids in signal.ids_NK[:200].tolist()), "no outcome is drawn twice"
+
+
+def test_certain_outcomes_have_their_exact_probability() -> None:
+    p_V = torch.tensor([0.7, 0.2, *([0.1 / 8] * 8)])
+    signal = sample(p_V.log()[None], 4, 1.0, torch.tensor([0.3]))
+    weights = dict(zip(signal.ids_NK[0].tolist(), signal.probs_NK[0].tolist(), strict=True))
+    assert weights[0] == pytest.approx(0.7) and weights[1] == pytest.approx(0.2)
+    assert sorted(weights.values())[:2] == pytest.approx([0.05, 0.05]), "the two others share what is left"
+
+
+@pytest.mark.parametrize("kind", ["top_k", "sampled"])
+def test_sparse_signals_do_not_depend_on_chunks_or_company(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block's draws follow from its number alone."""
+    encoding, head, hidden_Nd = Encoding(kind, 5, temperature=2.0), make_head(), make_hidden(3 * 7)
+    whole = encoding.signal(hidden_Nd, head, [4, 9, 2])
+    monkeypatch.setattr(signals, "ENCODING_ROWS", 4)
+    chunked, alone = encoding.signal(hidden_Nd, head, [4, 9, 2]), encoding.signal(hidden_Nd[7:14], head, [9])
+    assert isinstance(whole, SparseSignal) and isinstance(chunked, SparseSignal) and isinstance(alone, SparseSignal)
+    assert torch.equal(whole.ids_NK, chunked.ids_NK) and torch.equal(whole.ids_NK[7:14], alone.ids_NK)
+    other = encoding.signal(hidden_Nd[7:14], head, [10])
+    assert isinstance(other, SparseSignal)
+    assert torch.equal(other.ids_NK, alone.ids_NK) == (kind == "top_k"), "another block draws anew"
+
+
+def test_hidden_and_dense_are_the_same_distribution() -> None:
+    head, hidden_Nd = make_head(), make_hidden(6)
+    hidden = Encoding("hidden").signal(hidden_Nd, head, [0])
+    dense = Encoding("dense").signal(hidden_Nd, head, [0])
+    assert isinstance(hidden, HiddenSignal) and not isinstance(dense, SparseSignal)
+    assert torch.equal(hidden.logits(slice(2, 5)), dense.logits(slice(2, 5)))
