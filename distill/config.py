@@ -412,6 +412,10 @@ class Recipe(Section):
                 problems.append(
                     f"{where}.objective: {', '.join(stage.hidden_terms)} needs targets.signal hidden, found {kind}"
                 )
+            if stage.hidden_terms and self.student.embedding_size is not None:
+                problems.append(
+                    f"{where}.objective: hidden_mse needs the teacher's width; remove student.embedding_size"
+                )
             if kind == "sampled" and (biased := terms - {"cross_entropy", "forward_kl"} - HIDDEN_TERMS):
                 problems.append(
                     f"{where}.objective: {', '.join(sorted(biased))} would be biased with "
@@ -424,6 +428,8 @@ class Recipe(Section):
                 )
             if stage.metric != "identity" and "hidden_mse" not in terms:
                 problems.append(f"{where}.metric: {stage.metric} is for hidden_mse, which the objective does not have")
+        if self.student.transplant and self.student.embedding_size is not None:
+            problems.append("student.transplant copies matrices of the teacher's width; remove student.embedding_size")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -54,7 +54,12 @@ def our_imports(module: str) -> set[str]:
 
 def test_the_sources_are_found() -> None:
     assert {"distill.train", "distill.student", "distill.config", "eval.perplexity"} <= MODULES.keys()
-    assert our_imports("distill.fused") == {"distill.losses", "distill.signals", "distill.student"}
+    assert our_imports("distill.fused") == {
+        "distill.losses",
+        "distill.metric",
+        "distill.signals",
+        "distill.student",
+    }
 
 
 def test_imports_run_without_a_circle() -> None:
@@ -86,10 +91,10 @@ def test_the_student_needs_torch_and_transformers_only() -> None:
 
 @pytest.mark.parametrize("module", ["distill.losses", "distill.signals", "distill.schedule"])
 def test_the_mathematics_is_pure(module: str) -> None:
-    """Nothing of ours, nothing that reads or writes."""
-    assert not our_imports(module)
+    """Nothing that reads or writes; of ours, only the types of signals."""
+    assert our_imports(module) <= {"distill.signals"}
     tops = {name.split(".")[0] for name, _ in imports(parse(MODULES[module]), module, package=False)}
-    assert tops <= {"__future__", "collections", "dataclasses", "math", "torch"}
+    assert tops <= {"distill", "__future__", "collections", "dataclasses", "math", "torch"}
 
 
 FORBIDDEN = {

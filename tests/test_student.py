@@ -28,15 +28,6 @@ V, D, H, L = 29, 8, 16, 2
 TIGHT = {"rtol": 0.0, "atol": 1e-11}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """On matrices this small a second thread only waits, and the order of sums stays the same."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def make_student(seed: int = 2, dtype: torch.dtype = torch.float64, **fields) -> LSTMForCausalLM:
     """A tiny student, all of whose weights are random and large enough to matter, norms and biases too."""
     sizes = {"vocab_size": V, "embedding_size": D, "hidden_size": H, "num_layers": L}

@@ -8,7 +8,6 @@ Legend as in `distill/teacher.py`: B sequences, W window, T block, V vocabulary,
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
@@ -83,15 +82,6 @@ CONFIGS: dict[str, Any] = {
     ),
     "lstm": lambda: LSTMConfig(vocab_size=ROWS, embedding_size=8, hidden_size=16, num_layers=2),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sizes are tiny: threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make_network(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
