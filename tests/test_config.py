@@ -107,7 +107,7 @@ def test_it_is_frozen(tmp_path: Path) -> None:
         ("stages.0.length.step=1", "stages.0.length.step: unknown key; did you mean 'steps'?"),
         ("evaluation.every.step=1", "evaluation.every.step: unknown key; did you mean 'steps'?"),
         ("eval.window=1", "eval: unknown key; did you mean 'evaluation'?"),
-        ("targets.xyz=1", "targets.xyz: unknown key; known keys: signal, k, samples"),
+        ("publishing.xyz=1", "publishing.xyz: unknown key; known keys: repo, private, branch"),
     ],
 )
 def test_an_unknown_key_names_its_nearest_neighbour(tmp_path: Path, override: str, problem: str) -> None:
