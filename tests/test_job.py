@@ -49,7 +49,7 @@ def test_result_has_the_promised_fields(run_folder: Path, world: World) -> None:
         result["control"]["nll_nats"] - result["student"]["nll_nats"]
     )
     assert result["control"]["tokens_trained"] == result["student"]["tokens_trained"]
-    assert {"teacher_loading", "corpus", "student", "control", "evaluation"} <= set(result["wall_seconds"])
+    assert {"teacher_and_text", "targets", "student", "control", "evaluation"} <= set(result["wall_seconds"])
     assert {"torch", "transformers", "accelerate", "potstill"} <= set(result["versions"])
     assert result["seed"] == 0
     assert (run_folder / "curves.png").read_bytes().startswith(b"\x89PNG")
