@@ -27,7 +27,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev distill smoke test check docs lock bench-train clean FORCE
+.PHONY: help install install-dev distill smoke test check bench-loss docs lock bench-train clean FORCE
 
 help:  ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ test: install-dev  ## the gate: ruff, mypy, pytest
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: test  ## another name for make test
+
+bench-loss: install  ## time and memory of the fused loss against eager code; ARGS='--sizes 1024'
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.loss $(ARGS)
 
 docs: install  ## rewrite docs/recipe.md and recipes/schema.json from distill/config.py
 	$(BIN)/python -m distill.reference --write

@@ -1,9 +1,11 @@
 """The student with its loss: head and divergence in chunks, gradient in the forward pass.
 
-The logits of a step, (tokens x vocabulary) in fp32, are by far its largest tensor, and a divergence
-needs several of them. Here the head runs over a hundred tokens at a time; each chunk's gradient with
-respect to its logits is written down at once, turned into gradients of the student's output and of the
-head, and forgotten. Backward then only hands out what is stored, so memory does not grow with the block.
+The logits of a step, (tokens x vocabulary) in fp32, are by far its largest tensor, and a divergence needs several of
+them. Here the head runs over a few hundred tokens at a time, into one buffer in the compute type. The divergence is
+then taken of a few tokens at a time, whose fp32 matrices stay in the cache of a CPU, and its gradient with respect to
+the logits is written over them. From there it becomes gradients of the student's output and of the head. Backward only
+hands out what is stored, so memory does not grow with the block. The products walk over tiles of the vocabulary: an
+fp32 head under autocast is converted tile by tile, and no second matrix of its size comes into being.
 
 `StudentWithLoss` is one module whose `forward` returns the loss sums: wrapped by DDP, every parameter is
 used inside `forward`, so gradients are synchronised.
@@ -22,12 +24,22 @@ from torch import Tensor, nn
 
 from distill import losses
 from distill.metric import HiddenMetric
-from distill.signals import HiddenSignal, Signal, SparseSignal
+from distill.signals import DenseSignal, HiddenSignal, Signal, SparseSignal
 from distill.student import LSTMCache, LSTMForCausalLM
 
 State = tuple[Tensor, Tensor]  # (h_LBH, c_LBH)
-CHUNK_ROWS = 128  # tokens whose logits exist at one time
-HEAD_ROWS = 512  # tokens between two updates of the head's gradient
+
+
+def chunk_sizes(device: str, vocabulary: int, item_bytes: int) -> tuple[int, int, int, int]:
+    """Tokens of the student's logits, of the teacher's, of a divergence at one time; columns of a tile of the head.
+
+    On a CPU: 36 MiB of student logits, for every chunk converts the head twice and passes over its gradient once; the
+    fewest teacher logits at which its product runs at full speed; so few rows of fp32 that a core's second-level cache
+    holds them; tiles small against all that.
+    """
+    student_MiB, part_MiB, tile = (36, 0.75, 2048) if device == "cpu" else (512, 256, 16384)
+    rows = max(16, int(student_MiB * 2**20) // (vocabulary * item_bytes))
+    return rows, max(1, rows // 3), max(1, min(rows // 3, int(part_MiB * 2**20) // (vocabulary * 4))), tile
 
 
 @dataclass(frozen=True)
@@ -59,15 +71,17 @@ class Objective:
         sums: dict[str, Tensor] = {}
         total_NV: Tensor | None = None
         T = self.temperature
-        log_q_NV = log_p_NV = q_NV = p_NV = None
+        pairs: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # (log q, q), (log p, p)
         for name, weight in self.weights.items():
             if name == "hidden_mse":
                 continue
             if name == "cross_entropy":
-                log_q1_NV = log_q_NV if T == 1 and log_q_NV is not None else _log_softmax(student_NV, 1.0)
+                if T == 1 and pairs is not None:
+                    log_q1_NV, grad_NV = pairs[0][0], pairs[0][1].clone()
+                else:
+                    log_q1_NV, grad_NV = _log_softmax(student_NV, 1.0)
                 label_N1 = labels_N[:, None]
                 sums[name] = -log_q1_NV.gather(1, label_N1).sum()
-                grad_NV = log_q1_NV.exp()
                 grad_NV.scatter_add_(1, label_N1, grad_NV.new_full((1, 1), -1.0).expand_as(label_N1))
                 scale = weight
             elif isinstance(teacher, SparseSignal):
@@ -76,9 +90,8 @@ class Objective:
                 scale = weight * T
             else:
                 assert teacher is not None, "the job gives every divergence a signal"
-                if log_p_NV is None or log_q_NV is None or p_NV is None or q_NV is None:
-                    log_q_NV, log_p_NV = _log_softmax(student_NV, T), _log_softmax(teacher, T)
-                    q_NV, p_NV = log_q_NV.exp(), log_p_NV.exp()
+                pairs = pairs or (_log_softmax(student_NV, T), _log_softmax(teacher, T))
+                (log_q_NV, q_NV), (log_p_NV, p_NV) = pairs
                 sums[name], grad_NV = self._divergence(name, log_p_NV, log_q_NV, p_NV, q_NV)
                 sums[name] = sums[name] * T**2
                 scale = weight * T
@@ -92,29 +105,21 @@ class Objective:
         """As `_divergence`, of a few outcomes: the gradient of all others is the student's softmax, scaled by row."""
         if signal.temperature != self.temperature:
             raise ValueError(f"a signal at temperature {signal.temperature} for a loss at {self.temperature}")
-        ids_NK, student_NV = signal.ids_NK, student_NV.float()
-        if self.temperature != 1:
-            student_NV = student_NV / self.temperature
-        highest_N1 = student_NV.amax(-1, keepdim=True)
-        mass_NV = (student_NV - highest_N1).exp_()
+        ids_NK = signal.ids_NK
+        log_q_NV, q_NV = _log_softmax(student_NV, self.temperature)
+        log_q_NK = log_q_NV.gather(1, ids_NK)
         if signal.tail_N is None:
             if name != "forward_kl" or signal.entropy_N is None:
                 raise ValueError(f"{name} of sampled outcomes would be biased")
-            total_N1 = mass_NV.sum(-1, keepdim=True)
-            log_q_NK = student_NV.gather(1, ids_NK) - (highest_N1 + total_N1.log())
             value = -(signal.probs_NK * log_q_NK).sum() - signal.entropy_N.sum()
-            return value, mass_NV.div_(total_N1).scatter_add_(1, ids_NK, -signal.probs_NK)
-        given_NK = mass_NV.gather(1, ids_NK)
-        mass_NV.scatter_(1, ids_NK, 0.0)
-        others_N1 = mass_NV.sum(-1, keepdim=True)
+            return value, q_NV.scatter_add_(1, ids_NK, -signal.probs_NK)
+        given_NK = q_NV.gather(1, ids_NK)
+        others_N1 = q_NV.scatter_(1, ids_NK, 0.0).sum(-1, keepdim=True)  # 1 - sum would cancel
         # L = K + 1 outcomes; logarithms of 0 are cut off, and always meet a factor of 0.
-        mass_NL = torch.cat([given_NK, others_N1], 1)
-        total_N1 = mass_NL.sum(-1, keepdim=True)
-        log_q_NL = torch.cat([student_NV.gather(1, ids_NK) - highest_N1, others_N1.clamp_min(losses.TINY).log()], 1)
-        p_NL = torch.cat([signal.probs_NK, signal.tail_N[:, None]], 1)
-        log_p_NL = p_NL.clamp_min(losses.TINY).log()
-        value, grad_NL = self._divergence(name, log_p_NL, log_q_NL - total_N1.log(), p_NL, mass_NL / total_N1)
-        grad_NV = mass_NV.mul_(grad_NL[:, -1:] / others_N1.clamp_min(losses.TINY))
+        q_NL, p_NL = torch.cat([given_NK, others_N1], 1), torch.cat([signal.probs_NK, signal.tail_N[:, None]], 1)
+        log_q_NL = torch.cat([log_q_NK, others_N1.clamp_min(losses.TINY).log()], 1)
+        value, grad_NL = self._divergence(name, p_NL.clamp_min(losses.TINY).log(), log_q_NL, p_NL, q_NL)
+        grad_NV = q_NV.mul_(grad_NL[:, -1:] / others_N1.clamp_min(losses.TINY))
         return value, grad_NV.scatter_(1, ids_NK, grad_NL[:, :-1])
 
     def _divergence(
@@ -139,10 +144,14 @@ class Objective:
         return value, g_NV.sub_((g_NV * q_NV).sum(-1, keepdim=True)).mul_(q_NV)
 
 
-def _log_softmax(logits_NV: Tensor, temperature: float) -> Tensor:
+def _log_softmax(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log q, q) in fp32. On a CPU `softmax` takes half the time of `exp`, so log q is made without undoing it."""
+    logits_NV = logits_NV.float()
     if temperature != 1:
-        logits_NV = logits_NV.float() / temperature
-    return torch.log_softmax(logits_NV, -1, dtype=torch.float32)
+        logits_NV = logits_NV / temperature
+    q_NV = torch.softmax(logits_NV, -1)
+    log_q_NV = logits_NV - logits_NV.amax(-1, keepdim=True)  # 0 at the most probable outcome
+    return log_q_NV.add_(q_NV.amax(-1, keepdim=True).log()), q_NV
 
 
 class StudentWithLoss(nn.Module):
@@ -182,6 +191,32 @@ class StudentWithLoss(nn.Module):
         return loss, {name: value.detach() for name, value in sums.items()}, (carried.h_LBH, carried.c_LBH)
 
 
+class _TeacherRows:
+    """The teacher's side of a few tokens after the other; the logits of hidden states are made `chunk` at a time."""
+
+    def __init__(self, signal: Signal, chunk: int) -> None:
+        self.signal, self.chunk = signal, chunk
+        self.made = slice(0, 0)
+        self.product_CV: Tensor | None = None
+
+    def __call__(self, rows: slice, device: torch.device) -> Tensor | SparseSignal:
+        signal = self.signal
+        if isinstance(signal, SparseSignal):
+            return signal.rows(rows, device)
+        if isinstance(signal, DenseSignal):
+            return signal.logits_NV[rows].to(device)
+        if rows.stop > self.made.stop:
+            self.made = slice(rows.start, rows.start + self.chunk)
+            hidden_Cd = signal.hidden_Nd[self.made]
+            if self.product_CV is None:
+                weight_Vd = signal.head.weight_Vd
+                self.product_CV = weight_Vd.new_empty(len(hidden_Cd), len(weight_Vd))
+            signal.head.product(hidden_Cd, out=self.product_CV[: len(hidden_Cd)])
+        assert self.product_CV is not None, "rows come in order"
+        product_NV = self.product_CV[rows.start - self.made.start : rows.stop - self.made.start]
+        return signal.head.finish(product_NV).to(device)
+
+
 class _ChunkedHeadLoss(torch.autograd.Function):
     """(z, W, b) -> weighted loss sum, and each term's sum; gradients are ready when forward returns."""
 
@@ -199,40 +234,49 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         autocast = torch.is_autocast_enabled(device)
         compute = torch.get_autocast_dtype(device) if autocast else weight_Vd.dtype
         need_z, need_weight, need_bias = ctx.needs_input_grad[:3]
+        (N, _), V = z_Nd.shape, len(weight_Vd)
+        chunk, teacher_chunk, part, tile = chunk_sizes(device, V, compute.itemsize)
+        tiles = [slice(start, min(start + tile, V)) for start in range(0, V, tile)]
+        teacher = _TeacherRows(signal, teacher_chunk) if signal and objective.needs_teacher_logits else None
         with torch.autocast(device, enabled=False):
-            z_compute, weight_compute = z_Nd.to(compute), weight_Vd.to(compute)
             grad_z = torch.empty_like(z_Nd) if need_z else None
-            grad_weight = torch.zeros_like(weight_Vd, dtype=torch.float32) if need_weight else None
+            grad_weight = torch.empty_like(weight_Vd, dtype=torch.float32) if need_weight else None
             grad_bias = torch.zeros_like(bias_V, dtype=torch.float32) if need_bias and bias_V is not None else None
             totals: dict[str, Tensor] = {}
-            # The head's gradient passes over all of it: worth more rows at a time than the softmaxes, whose
-            # chunks should stay in the cache.
-            for outer in range(0, len(z_Nd), HEAD_ROWS):
-                z_outer = z_compute[outer : outer + HEAD_ROWS]
-                grad_outer = z_outer.new_empty(len(z_outer), len(weight_Vd)) if need_weight else None
-                for inner in range(0, len(z_outer), CHUNK_ROWS):
-                    rows = slice(outer + inner, outer + min(inner + CHUNK_ROWS, len(z_outer)))
-                    logits_NV = z_compute[rows] @ weight_compute.t()
-                    if bias_V is not None:
-                        logits_NV = logits_NV.float() + bias_V
-                    teacher: Tensor | SparseSignal | None = None
-                    if signal is not None and objective.needs_teacher_logits:
-                        if isinstance(signal, SparseSignal):
-                            teacher = signal.rows(rows, logits_NV.device)
-                        else:
-                            teacher = signal.logits(rows).to(logits_NV.device)
-                    sums, grad_NV = objective.gradient(logits_NV, labels_N[rows], teacher)
+            # What is computed first is what the rest is written over: one buffer of each size for the whole loop.
+            logits_CV = z_Nd.new_empty(min(chunk, N), V, dtype=compute)
+            tile_vd = z_Nd.new_empty(min(tile, V), z_Nd.shape[1], dtype=compute)
+
+            def weight_of(columns: slice) -> Tensor:
+                weight_vd = weight_Vd[columns]
+                return weight_vd if weight_vd.dtype == compute else tile_vd[: len(weight_vd)].copy_(weight_vd)
+
+            for start in range(0, N, chunk):
+                z_cd = z_Nd[start : start + chunk].to(compute)
+                logits_cV = logits_CV[: len(z_cd)]
+                for columns in tiles:
+                    torch.mm(z_cd, weight_of(columns).t(), out=logits_cV[:, columns])
+                for few in range(0, len(z_cd), part):
+                    logits_NV = logits_cV[few : few + part]
+                    rows = slice(start + few, start + few + len(logits_NV))
+                    student_NV = logits_NV if bias_V is None else logits_NV.float() + bias_V
+                    target = teacher(rows, z_Nd.device) if teacher else None
+                    sums, grad_NV = objective.gradient(student_NV, labels_N[rows], target)
                     for name, value in sums.items():
                         totals[name] = totals.get(name, 0) + value
                     if grad_bias is not None:
                         grad_bias += grad_NV.sum(0)
-                    grad_compute = grad_NV.to(compute)
-                    if grad_z is not None:
-                        grad_z[rows] = (grad_compute @ weight_compute).to(grad_z.dtype)
-                    if grad_outer is not None:
-                        grad_outer[inner : inner + CHUNK_ROWS] = grad_compute
-                if grad_weight is not None and grad_outer is not None:
-                    grad_weight += grad_outer.t() @ z_outer
+                    logits_NV.copy_(grad_NV)
+                if grad_z is not None:
+                    grad_cd = torch.zeros_like(z_cd, dtype=torch.float32)
+                    for columns in tiles:
+                        grad_cd += logits_cV[:, columns] @ weight_of(columns)
+                    grad_z[start : start + chunk] = grad_cd
+                if grad_weight is not None:
+                    for columns in tiles:
+                        grad_vd = grad_weight[columns]
+                        product_vd = torch.mm(logits_cV[:, columns].t(), z_cd, out=tile_vd[: len(grad_vd)])
+                        grad_vd.copy_(product_vd) if start == 0 else grad_vd.add_(product_vd)
         ctx.gradients = (grad_z, grad_weight, grad_bias)
         loss = torch.stack([objective.weights[name] * value for name, value in totals.items()]).sum()
         parts = tuple(totals.values())

@@ -33,7 +33,18 @@ class Head:
 
     def logits(self, hidden_Nd: Tensor) -> Tensor:
         """(N, d) -> (N, V) in fp32; the matrix product runs in the weight's own type."""
-        logits_NV = torch.nn.functional.linear(hidden_Nd.to(self.weight_Vd.dtype), self.weight_Vd, self.bias_V).float()
+        return self.finish(self.product(hidden_Nd))
+
+    def product(self, hidden_Nd: Tensor, out: Tensor | None = None) -> Tensor:
+        """W h + b (N, V) in the weight's own type."""
+        hidden_Nd = hidden_Nd.to(self.weight_Vd.dtype)
+        if self.bias_V is None:
+            return torch.mm(hidden_Nd, self.weight_Vd.t(), out=out)
+        return torch.addmm(self.bias_V, hidden_Nd, self.weight_Vd.t(), out=out)
+
+    def finish(self, product_NV: Tensor) -> Tensor:
+        """The logits in fp32, from what `product` gave."""
+        logits_NV = product_NV.float()
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:

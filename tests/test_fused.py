@@ -12,7 +12,6 @@ Legend: B lanes, T tokens, N = B * T, V vocabulary, d width of student output an
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from contextlib import nullcontext
 
 import pytest
@@ -32,20 +31,14 @@ EPS = torch.finfo(torch.float32).eps
 Gradients = dict[str, Tensor]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sizes are tiny: threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    # N = 21: chunks of 4 rows, three to an update of the head, with rests of both
-    monkeypatch.setattr(fused, "CHUNK_ROWS", 4)
-    monkeypatch.setattr(fused, "HEAD_ROWS", 12)
+    set_sizes(monkeypatch, 12, 8, 3, 7)  # N = 21, V = 19: rests of all
+
+
+def set_sizes(monkeypatch: pytest.MonkeyPatch, *sizes: int) -> None:
+    """Tokens of the student's logits, of the teacher's, of a divergence at one time; columns of a tile."""
+    monkeypatch.setattr(fused, "chunk_sizes", lambda *_: sizes)
 
 
 def make_student(**fields) -> LSTMForCausalLM:
@@ -205,10 +198,11 @@ def test_sums_and_gradients_are_those_of_plain_autograd(kind: str, name: str) ->
     assert all(gradient.any() for gradient in gradients.values()), "an all-zero gradient shows nothing"
 
 
-@pytest.mark.parametrize(("rows", "head_rows"), [(1, 1), (7, 7), (5, 12), (20, 21), (21, 22), (9, 4), (512, 512)])
-def test_the_chunk_is_only_a_matter_of_memory(rows: int, head_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "CHUNK_ROWS", rows)
-    monkeypatch.setattr(fused, "HEAD_ROWS", head_rows)
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 1, 1), (7, 7, 7, 19), (12, 5, 5, 18), (21, 20, 20, 20), (22, 22, 21, 3), (5, 9, 4, 7), (512,) * 4]
+)
+def test_the_chunk_is_only_a_matter_of_memory(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    set_sizes(monkeypatch, *sizes)
     assert_as_good_as_eager(make_student(head_bias=True), make_signal("hidden"), HIDDEN_OBJECTIVES["mixture"])
 
 
@@ -245,8 +239,7 @@ def test_under_autocast_the_losses_are_computed_in_fp32(
     name: str, teachers_type: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the logits are rounded to bf16, not what is made of them."""
-    for rows in ("CHUNK_ROWS", "HEAD_ROWS"):
-        monkeypatch.setattr(fused, rows, B * T)
+    set_sizes(monkeypatch, B * T, B * T, B * T, V)
     objective, student = DENSE_OBJECTIVES[name], make_student()
     signal = DenseSignal(make_signal("dense").logits_NV.clone().to(teachers_type))
     inputs_BT, labels_BT, reset_BT, state = make_batch()

@@ -11,7 +11,6 @@ Legend as in `distill/losses.py`: N tokens, V vocabulary, p the teacher, q the s
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -22,15 +21,6 @@ from distill import losses
 NAMES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
 SMALL = 4  # times the oracle's own error in fp32
 EPS = torch.finfo(torch.float32).eps
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Sizes are tiny: threads only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def softmax(logits_NV: Tensor, temperature: float) -> Tensor:
