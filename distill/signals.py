@@ -38,6 +38,8 @@ class Head:
     def product(self, hidden_Nd: Tensor, out: Tensor | None = None) -> Tensor:
         """W h + b (N, V) in the weight's own type."""
         hidden_Nd = hidden_Nd.to(self.weight_Vd.dtype)
+        if out is None:
+            return torch.nn.functional.linear(hidden_Nd, self.weight_Vd, self.bias_V)
         if self.bias_V is None:
             return torch.mm(hidden_Nd, self.weight_Vd.t(), out=out)
         return torch.addmm(self.bias_V, hidden_Nd, self.weight_Vd.t(), out=out)
