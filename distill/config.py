@@ -113,7 +113,13 @@ class StudentConfig(Section):
     num_layers: Positive = 2
     """Number of residual LSTM blocks."""
     embedding_size: Positive | None = None
-    """Width of embedding and head. Default: the teacher's width, which copying from the teacher requires."""
+    """Width of embedding and head. Default: the teacher's. A smaller one makes both of low rank: with `transplant`,
+    the teacher's head is projected to the directions in which its hidden states move its logits most, and its
+    embedding to its principal axes. `python -m distill.ranks RECIPE` shows what each rank loses."""
+    vocabulary_min_count: Positive | None = None
+    """Cut the vocabulary to tokens that occur at least so often in the training text, the pieces they are merged from,
+    all bytes and the special tokens. At 1 the training text keeps its tokens; other text may need more of them. Null
+    for the teacher's whole vocabulary. Needs a byte-level BPE tokenizer."""
     transplant: bool = True
     """Start from the teacher's embedding and output head instead of random ones."""
     fit_tokens: Annotated[int, Field(ge=0)] = 8192
@@ -211,8 +217,8 @@ class TargetsConfig(Section):
         return self
 
 
-Term = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse"]
-HIDDEN_TERMS = {"hidden_mse"}
+Term = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse", "layer_mse"]
+HIDDEN_TERMS = {"hidden_mse", "layer_mse"}
 
 
 class StageConfig(Section):
@@ -225,7 +231,8 @@ class StageConfig(Section):
     """Terms and weights, for example `{forward_kl: 0.9, cross_entropy: 0.1}`; a single name means weight 1.
     `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the generalised
     Jensen-Shannon divergence, `hidden_mse` the squared distance of the student's output to the teacher's final
-    hidden state, in the stage's `metric`."""
+    hidden state, in the stage's `metric`; `layer_mse` that of block i of the student's N, through a learned
+    projection, to the normalised state of the teacher's layer i L / N of L, asked of the live teacher."""
     length: Length
     """How long the stage lasts."""
     metric: Literal["identity", "gram", "fisher"] = "identity"
@@ -412,10 +419,13 @@ class Recipe(Section):
                 problems.append(
                     f"{where}.objective: {', '.join(stage.hidden_terms)} needs targets.signal hidden, found {kind}"
                 )
-            if stage.hidden_terms and self.student.embedding_size is not None:
+            if "hidden_mse" in terms and self.student.embedding_size is not None and not self.student.transplant:
                 problems.append(
-                    f"{where}.objective: hidden_mse needs the teacher's width; remove student.embedding_size"
+                    f"{where}.objective: hidden_mse needs the teacher's width or its directions; remove "
+                    "student.embedding_size or set student.transplant=true"
                 )
+            if "layer_mse" in terms and self.targets.cache:
+                problems.append(f"{where}.objective: layer_mse needs the live teacher; set targets.cache=false")
             if kind == "sampled" and (biased := terms - {"cross_entropy", "forward_kl"} - HIDDEN_TERMS):
                 problems.append(
                     f"{where}.objective: {', '.join(sorted(biased))} would be biased with "
@@ -428,8 +438,6 @@ class Recipe(Section):
                 )
             if stage.metric != "identity" and "hidden_mse" not in terms:
                 problems.append(f"{where}.metric: {stage.metric} is for hidden_mse, which the objective does not have")
-        if self.student.transplant and self.student.embedding_size is not None:
-            problems.append("student.transplant copies matrices of the teacher's width; remove student.embedding_size")
         if problems:
             raise ValueError("; ".join(problems))
         return self

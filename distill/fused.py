@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from distill import losses
-from distill.metric import HiddenMetric
+from distill.config import HIDDEN_TERMS
+from distill.geometry import HiddenMetric
 from distill.signals import DenseSignal, HiddenSignal, Signal, SparseSignal
 from distill.student import LSTMCache, LSTMForCausalLM
 
@@ -53,11 +54,11 @@ class Objective:
 
     @property
     def needs_logits(self) -> bool:
-        return set(self.weights) != {"hidden_mse"}
+        return not set(self.weights) <= HIDDEN_TERMS
 
     @property
     def needs_teacher_logits(self) -> bool:
-        return not set(self.weights) <= {"cross_entropy", "hidden_mse"}
+        return not set(self.weights) <= {"cross_entropy", *HIDDEN_TERMS}
 
     def gradient(
         self, student_NV: Tensor, labels_N: Tensor, teacher: Tensor | SparseSignal | None
@@ -73,7 +74,7 @@ class Objective:
         T = self.temperature
         pairs: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # (log q, q), (log p, p)
         for name, weight in self.weights.items():
-            if name == "hidden_mse":
+            if name in HIDDEN_TERMS:
                 continue
             if name == "cross_entropy":
                 if T == 1 and pairs is not None:
@@ -155,11 +156,14 @@ def _log_softmax(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]
 
 
 class StudentWithLoss(nn.Module):
-    """The student and its objective as one module."""
+    """The student and its objective as one module; for `layer_mse` with a projection of each block's output."""
 
-    def __init__(self, student: LSTMForCausalLM) -> None:
+    def __init__(self, student: LSTMForCausalLM, layer_width: int | None = None) -> None:
+        """`layer_width`: the teacher's width, with `layer_mse`."""
         super().__init__()
         self.student = student
+        hidden_size, blocks = student.config.hidden_size, student.config.num_layers if layer_width else 0
+        self.layer_projections = nn.ModuleList(nn.Linear(hidden_size, layer_width or 0) for _ in range(blocks))
 
     def forward(
         self,
@@ -172,14 +176,19 @@ class StudentWithLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], State]:
         """Weighted loss sum in nats (with gradient), each term's sum (without), and the carried state."""
         carried = LSTMCache(*state) if state is not None else LSTMCache()
+        states_BTH: list[Tensor] = []
+        watched = self.student.model.layers if self.layer_projections else []
+        hooks = [block.register_forward_hook(lambda _, __, output: states_BTH.append(output[0])) for block in watched]
         output = self.student.model(inputs_BT, past_key_values=carried, reset_mask=reset_BT, use_cache=True)
+        for hook in hooks:
+            hook.remove()
         carried = carried.detach()
         z_Nd, labels_N = output.last_hidden_state.flatten(0, 1), labels_BT.flatten()
         loss = z_Nd.new_zeros((), dtype=torch.float32)
         sums: dict[str, Tensor] = {}
         if objective.needs_logits:
             head = self.student.lm_head
-            names = [name for name in objective.weights if name != "hidden_mse"]
+            names = [name for name in objective.weights if name not in HIDDEN_TERMS]
             loss, *parts = _ChunkedHeadLoss.apply(z_Nd, head.weight, head.bias, labels_N, signal, objective)
             sums.update(zip(names, parts, strict=True))
         if "hidden_mse" in objective.weights:
@@ -187,6 +196,15 @@ class StudentWithLoss(nn.Module):
             hidden_Nd, metric = signal.hidden_Nd.to(z_Nd.device), objective.metric
             sums["hidden_mse"] = metric(z_Nd, hidden_Nd) if metric else losses.hidden_mse(z_Nd, hidden_Nd)
             loss = loss + objective.weights["hidden_mse"] * sums["hidden_mse"]
+        if "layer_mse" in objective.weights:
+            assert isinstance(signal, HiddenSignal), "the job checks that hidden states are at hand"
+            pairs = zip(self.layer_projections, states_BTH, signal.layers, strict=True)
+            distances = [
+                losses.layer_mse(project(state_BTH.flatten(0, 1)), layer_Nd.to(z_Nd.device))
+                for project, state_BTH, layer_Nd in pairs
+            ]
+            sums["layer_mse"] = torch.stack(distances).mean()
+            loss = loss + objective.weights["layer_mse"] * sums["layer_mse"]
         assert carried.h_LBH is not None and carried.c_LBH is not None, "a block was read"
         return loss, {name: value.detach() for name, value in sums.items()}, (carried.h_LBH, carried.c_LBH)
 

@@ -66,10 +66,11 @@ class DenseSignal:
 
 @dataclass(frozen=True)
 class HiddenSignal:
-    """The teacher's final hidden states (N, d), after its last norm, and its head."""
+    """The teacher's final hidden states (N, d), after its last norm, and its head; `layers`: states (N, d) within."""
 
     hidden_Nd: Tensor
     head: Head
+    layers: tuple[Tensor, ...] = ()
 
     def logits(self, rows: slice) -> Tensor:
         return self.head.logits(self.hidden_Nd[rows])
@@ -108,13 +109,15 @@ Signal = DenseSignal | HiddenSignal | SparseSignal
 class Encoding:
     """Which signal is made of the teacher's hidden states: `dense`, `hidden`, `top_k` or `sampled`.
 
-    `outcomes` is K of the sparse kinds, `temperature` that of their softmax, `seed` that of the sampling.
+    `outcomes` is K of the sparse kinds, `temperature` that of their softmax, `seed` that of the sampling; `layers` are
+    depths whose states go along with the final ones, counted in layers from the embedding.
     """
 
     kind: str
     outcomes: int = 0
     temperature: float = 1.0
     seed: int = 0
+    layers: tuple[int, ...] = ()
 
     def signal(self, hidden_Nd: Tensor, head: Head, block_ids: Sequence[int]) -> Signal:
         """The signal of N = len(block_ids) * T tokens; what is drawn at random follows from each block's number."""

@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,15 @@ from distill.checkpoint import Checkpoints, load_state, load_tensors, restore_op
 from distill.config import Recipe, StageConfig, UserError
 from distill.corpus import BlockBatch, Blocks, lane_order
 from distill.fused import Objective, State, StudentWithLoss
-from distill.metric import HiddenMetric, MetricSums
+from distill.groundwork import Groundwork, States
 from distill.metrics import Score
 from distill.progress import Clock, Interrupted, Progress, StopFlag
 from distill.schedule import learning_rate_factor
 from distill.signals import Encoding, HiddenSignal
-from distill.student import LSTMCache, LSTMForCausalLM
+from distill.student import LSTMForCausalLM
 from distill.targets import Targets
 from distill.teacher import LanguageModel
 from distill.tracking import VALIDATION_FIGURES, Tracker
-from distill.transplant import OutputFit
 
 logger = logging.getLogger(__name__)
 
@@ -65,14 +64,15 @@ class Training:
         tracker: Tracker,
         targets: Targets | None = None,
         validate_at_tokens: int | None = None,
-        fit_tokens: int = 0,
+        transplant: bool = False,
     ) -> None:
         self.name, self.recipe, self.stages = name, recipe, stages
         self.student = student.to(accelerator.device)
         self.blocks, self.teacher, self.targets = blocks, teacher, targets
         self.validate, self.accelerator, self.tracker = validate, accelerator, tracker
         self.validate_at_tokens = validate_at_tokens
-        self.fit_tokens = fit_tokens
+        self.transplant = transplant
+        self.groundwork = Groundwork(teacher, student, accelerator, self._first_states)
         self.checkpoints = Checkpoints(recipe.folder / "checkpoints" / name, recipe.run.keep_checkpoints)
         self.log_file = recipe.folder / f"{name}.log.jsonl"
         self.lanes = recipe.run.batch_size
@@ -81,6 +81,7 @@ class Training:
         self.steps_per_epoch = len(lane_order(len(blocks), self.lanes, epoch=0, seed=recipe.run.seed))
         self.progress = Progress()
         self.states: dict[int, State] = {}  # carried (h, c) by micro-batch
+        self.aids: dict[str, Tensor] = {}  # what a stage trains besides the student: the projections of layer_mse
 
     # ---------------------------------------------------------------- the whole training
 
@@ -93,8 +94,9 @@ class Training:
         if resumed is None and self.targets is not None:
             self._spend(self.targets.seconds)
             self.progress.teacher_seconds = self.targets.seconds
-        if resumed is None and self.fit_tokens:
-            self._fit_output()
+        if resumed is None and self.transplant:
+            with self._spending():
+                self.groundwork.initialise(fit=self.recipe.student.fit_tokens > 0)
         with StopFlag() as stop, logging_redirect_tqdm():
             while not self.progress.done:
                 self._run_stage(self.stages[self.progress.stage], resumed, stop)
@@ -112,7 +114,10 @@ class Training:
             state = load_state(resumed)
             if state["optimizer_groups"]:
                 restore_optimizer(optimizer, resumed, state)
-        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta, self._metric(stage, resumed is None))
+                _put(load_tensors(resumed, "model.safetensors"), self.aids)
+        with self._spending() if resumed is None else nullcontext():
+            metric = self.groundwork.metric(stage)
+        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta, metric)
         last_saved = Clock(**asdict(progress.now))
         with self._bar(stage) as bar:
             while True:
@@ -156,48 +161,12 @@ class Training:
         progress.done = progress.stage == len(self.stages)
         self._save(None)
 
-    def _fit_output(self) -> None:
-        """Fit the output projection to the teacher on the first blocks of the first epoch; the clock runs."""
-        model, accelerator = self.student.model, self.accelerator
-        began = time.perf_counter()
-        model.eval()
-        fit = OutputFit(model.config.hidden_size, self.teacher.width, accelerator.device)
-        features: list[Tensor] = []
-        hook = model.output_projection.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-        states: dict[int, LSTMCache] = {}
-        for number, batch, reset_BT, hidden_Nd in self._first_hidden_states("fitting the output projection"):
-            state = states.setdefault(number, LSTMCache())
-            inputs_BT, reset_BT = batch.inputs_BT.to(accelerator.device), reset_BT.to(accelerator.device)
-            with torch.no_grad(), accelerator.autocast():
-                model(inputs_BT, past_key_values=state, reset_mask=reset_BT, use_cache=True)
-            fit.add(features.pop().flatten(0, 1), hidden_Nd)
-        hook.remove()
-        fit.moment_HH, fit.moment_Hd = (accelerator.reduce(sums, "sum") for sums in (fit.moment_HH, fit.moment_Hd))
-        weight_dH, bias_d = fit.solve()
-        with torch.no_grad():
-            model.output_projection.weight.copy_(weight_dH)
-            model.output_projection.bias.copy_(bias_d)
-        self._spend(self._agree(time.perf_counter() - began, 0)[0])
-
-    def _metric(self, stage: StageConfig, fresh: bool) -> HiddenMetric | None:
-        """The metric of a stage's hidden regression; the Fisher one from the first blocks. Its time counts once."""
-        if stage.metric == "identity":
-            return None
-        began = time.perf_counter()
-        sums = MetricSums(self.teacher.head, stage.metric)
-        if stage.metric == "fisher":
-            for _, _, _, hidden_Nd in self._first_hidden_states("mean Fisher information"):
-                sums.add(hidden_Nd)
-        metric = sums.metric(stage.ridge, lambda total: self.accelerator.reduce(total, "sum"))
-        if fresh:
-            self._spend(self._agree(time.perf_counter() - began, 0)[0])
-        return metric
-
-    def _first_hidden_states(self, title: str) -> Iterator[tuple[int, BlockBatch, Tensor, Tensor]]:
-        """Number, blocks, resets and teacher's hidden states (N, d) of the first micro-batches of the first epoch."""
-        steps = min(self.steps_per_epoch, math.ceil((self.fit_tokens or 4096) / self.tokens_per_step))
+    def _first_states(self) -> Iterator[States]:
+        """The teacher's hidden states on this process's first micro-batches of the first epoch."""
+        wanted = self.recipe.student.fit_tokens or 4096
+        steps = min(self.steps_per_epoch, math.ceil(wanted / self.tokens_per_step))
         of_targets = self.targets is not None and self.targets.encoding.kind == "hidden"
-        for step in tqdm(range(steps), title, disable=not self.accelerator.is_main_process):
+        for step in tqdm(range(steps), "first hidden states", disable=not self.accelerator.is_main_process):
             for number, (block_ids, starts_B) in enumerate(self._micro_batches(step)):
                 batch, reset_BT = self._batch(block_ids, starts_B)
                 if of_targets and self.targets is not None:
@@ -207,8 +176,15 @@ class Training:
                 assert isinstance(signal, HiddenSignal)
                 yield number, batch, reset_BT, signal.hidden_Nd.to(self.accelerator.device).clone()
 
+    @contextmanager
+    def _spending(self) -> Iterator[None]:
+        """Count the time of what is done before a stage's first step."""
+        began = time.perf_counter()
+        yield
+        self._spend(self._agree(time.perf_counter() - began, 0)[0])
+
     def _spend(self, seconds: float) -> None:
-        """Count time of work before a stage's first step; the stage itself begins after it."""
+        """Count time before a stage's first step; the stage itself begins after it."""
         self.progress.now.seconds += seconds
         self.progress.stage_start = Clock(**asdict(self.progress.now))
         self.progress.last_validation = Clock(**asdict(self.progress.now))
@@ -309,6 +285,7 @@ class Training:
     def _prepare(self, stage: StageConfig) -> tuple[torch.nn.Module, Any]:
         """The wrapped student and its optimizer, with what the stage freezes frozen."""
         self.accelerator.free_memory()
+        torch.manual_seed(self.recipe.run.seed + self.progress.stage)
         student = self.student
         embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
         tied = embedding.weight is head.weight
@@ -323,11 +300,13 @@ class Training:
         for parameter in student.parameters():
             parameter.requires_grad_(parts.get(id(parameter), "body") not in resting)
             parameter.grad = None
+        with_loss = StudentWithLoss(student, self.teacher.width if "layer_mse" in stage.objective else None)
+        self.aids = {name: p for name, p in with_loss.named_parameters() if not name.startswith("student.")}
         decayed = [
-            p for p in student.parameters() if p.requires_grad and p.ndim >= 2 and parts.get(id(p)) != "embedding"
+            p for p in with_loss.parameters() if p.requires_grad and p.ndim >= 2 and parts.get(id(p)) != "embedding"
         ]
         chosen = {id(p) for p in decayed}
-        others = [p for p in student.parameters() if p.requires_grad and id(p) not in chosen]
+        others = [p for p in with_loss.parameters() if p.requires_grad and id(p) not in chosen]
         groups = [
             {"params": decayed, "weight_decay": stage.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -340,7 +319,7 @@ class Training:
             optimizer = torch.optim.SGD(groups, lr=stage.learning_rate)
         else:
             optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas)
-        model, optimizer = self.accelerator.prepare(StudentWithLoss(student), optimizer)
+        model, optimizer = self.accelerator.prepare(with_loss, optimizer)
         return model, optimizer
 
     # ---------------------------------------------------------------- validation and logs
@@ -462,7 +441,7 @@ class Training:
         """Write a checkpoint; `optimizer` is None between two stages. Collective: the lanes' states are gathered."""
         lanes = self._gather_lanes()
         if self.accelerator.is_main_process:
-            weights = {name: p.detach() for name, p in self.student.named_parameters()}
+            weights = {name: p.detach() for name, p in [*self.student.named_parameters(), *self.aids.items()]}
             self.checkpoints.save(self.progress.now.steps, weights, optimizer, lanes, asdict(self.progress))
         self.accelerator.wait_for_everyone()
 
@@ -485,10 +464,7 @@ class Training:
         state = load_state(folder)
         state.pop("optimizer_groups", None)
         self.progress = Progress.from_dict({k: v for k, v in state.items() if k in Progress.__dataclass_fields__})
-        weights = load_tensors(folder, "model.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.student.named_parameters():
-                parameter.copy_(weights[name])
+        _put(load_tensors(folder, "model.safetensors"), dict(self.student.named_parameters()))
         lanes = load_tensors(folder, "lanes.safetensors")
         if lanes:
             share = self.lanes // self.accelerator.num_processes
@@ -516,6 +492,12 @@ class Training:
         best = LSTMForCausalLM.from_pretrained(self.checkpoints.best(self.progress.best_step))
         self.student.load_state_dict(best.state_dict())
         self.student.eval()
+
+
+@torch.no_grad()
+def _put(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
 
 
 def micro_batch_size(recipe: Recipe, processes: int) -> int:
