@@ -33,9 +33,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from distill.checkpoint import Checkpoints, load_state, load_tensors, restore_optimizer, write_atomically
 from distill.config import Recipe, StageConfig, UserError
 from distill.corpus import BlockBatch, Blocks, lane_order
-from distill.fused import Objective, State, StudentWithLoss
+from distill.fused import State, StudentWithLoss
 from distill.groundwork import Groundwork, States
 from distill.metrics import Score
+from distill.objective import Objective
 from distill.progress import Clock, Interrupted, Progress, StopFlag
 from distill.schedule import learning_rate_factor
 from distill.signals import Encoding, HiddenSignal
@@ -296,7 +297,7 @@ class Training:
         parts = {id(p): "embedding" for p in embedding.parameters()}
         parts.update({id(p): "head" for p in head.parameters() if not (tied and p is head.weight)})
         # A head that no term reads would get no gradient, which DDP takes for an error: it rests as well.
-        resting = stage.freeze | (set() if Objective(stage.weights).needs_logits else {"head"})
+        resting = stage.freeze | (set() if Objective(stage.weights).logit_terms else {"head"})
         for parameter in student.parameters():
             parameter.requires_grad_(parts.get(id(parameter), "body") not in resting)
             parameter.grad = None

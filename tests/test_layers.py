@@ -9,7 +9,8 @@ from conftest import World, run_command
 
 from distill.config import TeacherConfig
 from distill.corpus import Blocks, Split
-from distill.fused import Objective, StudentWithLoss
+from distill.fused import StudentWithLoss
+from distill.objective import Objective
 from distill.signals import Encoding, HiddenSignal
 from distill.student import LSTMConfig, LSTMForCausalLM
 from distill.teacher import load_teacher
