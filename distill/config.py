@@ -196,7 +196,8 @@ class TargetsConfig(Section):
     hidden_dtype: Literal["int8", "fp16", "fp32"] = "int8"
     """How the cache stores hidden states; `int8` has a scale for each token and one for each dimension."""
     max_tokens: Positive | None = None
-    """Cache the targets of the first training tokens only, whole blocks; the student then trains on these."""
+    """Cache the targets of the first training tokens only, whole blocks; stages that need the teacher then train on
+    these, others on all of the text."""
     cache_dir: Path | None = None
     """Folder of the cached targets. Default: a folder named by all they depend on, under `potstill/targets/` in the
     user's cache folder."""
@@ -241,6 +242,10 @@ class StageConfig(Section):
     ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     """Multiple of the identity added to `gram` and `fisher`, in units of their mean diagonal: it keeps directions
     that the logits hardly depend on from drifting away."""
+    candidates: Positive | None = None
+    """Take the terms of the logits over a part of the vocabulary, drawn anew for each step: so many tokens that are
+    the most frequent in the text, the step's labels, and half as many others that stand for the rest. Several times
+    cheaper, and an estimate; null for the whole vocabulary. For hidden and dense targets at temperature 1."""
     temperature: PositiveFloat = 1.0
     """Softmax temperature of both sides; divergences are multiplied by its square."""
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -311,6 +316,8 @@ class ControlConfig(Section):
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     """Course of the learning rate."""
+    candidates: Positive | None = None
+    """As in the stages."""
     warmup: Fraction = 0.05
     """Share of the training in which the learning rate rises."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -436,6 +443,12 @@ class Recipe(Section):
                     f"{where}.temperature: {stage.temperature}, but targets.temperature is "
                     f"{self.targets.temperature}; {kind} targets are taken at one temperature"
                 )
+            if stage.candidates is not None and terms <= HIDDEN_TERMS:
+                problems.append(f"{where}.candidates: {', '.join(sorted(terms))} needs no logits; remove it")
+            if stage.candidates is not None and stage.temperature != 1:
+                problems.append(f"{where}.candidates: expected temperature 1, found {stage.temperature}")
+            if stage.candidates is not None and kind in ("top_k", "sampled") and stage.needs_teacher:
+                problems.append(f"{where}.candidates: expected targets.signal hidden or dense, found {kind}")
             if stage.metric != "identity" and "hidden_mse" not in terms:
                 problems.append(f"{where}.metric: {stage.metric} is for hidden_mse, which the objective does not have")
         if problems:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from distill import losses
+from distill.candidates import Candidates
 from distill.objective import Objective
 from distill.signals import DenseSignal, HiddenSignal, Signal, SparseSignal
 from distill.student import LSTMCache, LSTMForCausalLM
@@ -60,8 +61,12 @@ class StudentWithLoss(nn.Module):
         state: State | None,
         signal: Signal | None,
         objective: Objective,
+        candidates: Candidates | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], State]:
-        """Weighted loss sum in nats (with gradient), each term's sum (without), and the carried state."""
+        """Weighted loss sum in nats (with gradient), each term's sum (without), and the carried state.
+
+        With `candidates` the terms of the logits are taken over these instead of the whole vocabulary.
+        """
         carried = LSTMCache(*state) if state is not None else LSTMCache()
         states_BTH: list[Tensor] = []
         watched = self.student.model.layers if self.layer_projections else []
@@ -74,8 +79,12 @@ class StudentWithLoss(nn.Module):
         loss = z_Nd.new_zeros((), dtype=torch.float32)
         sums: dict[str, Tensor] = {}
         if objective.logit_terms:
-            head = self.student.lm_head
-            loss, *parts = _ChunkedHeadLoss.apply(z_Nd, self._head_weight(), head.bias, labels_N, signal, objective)
+            weight_Vd, bias_V, teacher = self._head_weight(), self.student.lm_head.bias, signal
+            if candidates is not None:
+                weight_Vd, bias_V = candidates.head(weight_Vd, bias_V)
+                labels_N = candidates.places(labels_N)
+                teacher = candidates.signal(signal) if objective.needs_teacher_logits else None
+            loss, *parts = _ChunkedHeadLoss.apply(z_Nd, weight_Vd, bias_V, labels_N, teacher, objective)
             sums.update(zip(objective.logit_terms, parts, strict=True))
         if "hidden_mse" in objective.weights:
             assert isinstance(signal, HiddenSignal), "the job checks that hidden states are at hand"

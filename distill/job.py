@@ -106,8 +106,8 @@ class _Job:
                 transplant=recipe.student.transplant,
             )
             training = Training(
-                "student", stages=recipe.stages, student=network, blocks=parts.cached_blocks, targets=targets, **shared,
-                transplant=recipe.student.transplant,
+                "student", stages=recipe.stages, student=network, blocks=parts.blocks, targets=targets, **shared,
+                blocks_with_targets=parts.cached_blocks, transplant=recipe.student.transplant,
             )  # fmt: skip
             progress = training.run()
         curves = {"student": progress.points}
@@ -359,6 +359,7 @@ def _control_stage(recipe: Recipe, student: Progress) -> StageConfig:
         name="control",
         objective={"cross_entropy": 1.0},
         length=length,
+        candidates=control.candidates,
         learning_rate=control.learning_rate,
         schedule=control.schedule,
         warmup=control.warmup,

@@ -23,6 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -30,6 +31,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from distill.candidates import Candidates, CandidateSampler
 from distill.checkpoint import Checkpoints, load_state, load_tensors, restore_optimizer, write_atomically
 from distill.config import Recipe, StageConfig, UserError
 from distill.corpus import BlockBatch, Blocks, lane_order
@@ -64,12 +66,15 @@ class Training:
         accelerator: Accelerator,
         tracker: Tracker,
         targets: Targets | None = None,
+        blocks_with_targets: Blocks | None = None,
         validate_at_tokens: int | None = None,
         transplant: bool = False,
     ) -> None:
         self.name, self.recipe, self.stages = name, recipe, stages
         self.student = student.to(accelerator.device)
-        self.blocks, self.teacher, self.targets = blocks, teacher, targets
+        self.all_blocks, self.blocks_with_targets = blocks, blocks_with_targets or blocks
+        self.blocks = self.blocks_with_targets  # of the stage at hand
+        self.teacher, self.targets = teacher, targets
         self.validate, self.accelerator, self.tracker = validate, accelerator, tracker
         self.validate_at_tokens = validate_at_tokens
         self.transplant = transplant
@@ -77,11 +82,12 @@ class Training:
         self.checkpoints = Checkpoints(recipe.folder / "checkpoints" / name, recipe.run.keep_checkpoints)
         self.log_file = recipe.folder / f"{name}.log.jsonl"
         self.lanes = recipe.run.batch_size
+        lane_order(len(self.blocks), self.lanes, epoch=0, seed=recipe.run.seed)  # UserError if it is too short
         self.micro = micro_batch_size(recipe, accelerator.num_processes)
         self.tokens_per_step = self.lanes * recipe.corpus.block_length
-        self.steps_per_epoch = len(lane_order(len(blocks), self.lanes, epoch=0, seed=recipe.run.seed))
         self.progress = Progress()
         self.states: dict[int, State] = {}  # carried (h, c) by micro-batch
+        self.sampler: CandidateSampler | None = None
         self.aids: dict[str, Tensor] = {}  # what a stage trains besides the student: the projections of layer_mse
 
     # ---------------------------------------------------------------- the whole training
@@ -110,6 +116,7 @@ class Training:
 
     def _run_stage(self, stage: StageConfig, resumed: Path | None, stop: StopFlag) -> None:
         progress, accelerator = self.progress, self.accelerator
+        self.blocks = self._blocks_of(stage)
         model, optimizer = self._prepare(stage)
         if resumed is not None:
             state = load_state(resumed)
@@ -119,6 +126,7 @@ class Training:
         with self._spending() if resumed is None else nullcontext():
             metric = self.groundwork.metric(stage)
         objective = Objective(stage.weights, stage.temperature, stage.jsd_beta, metric)
+        self.sampler = self._sampler(stage)
         last_saved = Clock(**asdict(progress.now))
         with self._bar(stage) as bar:
             while True:
@@ -165,7 +173,7 @@ class Training:
     def _first_states(self) -> Iterator[States]:
         """The teacher's hidden states on this process's first micro-batches of the first epoch."""
         wanted = self.recipe.student.fit_tokens or 4096
-        steps = min(self.steps_per_epoch, math.ceil(wanted / self.tokens_per_step))
+        steps = min(len(self.blocks) // self.lanes, math.ceil(wanted / self.tokens_per_step))
         of_targets = self.targets is not None and self.targets.encoding.kind == "hidden"
         for step in tqdm(range(steps), "first hidden states", disable=not self.accelerator.is_main_process):
             for number, (block_ids, starts_B) in enumerate(self._micro_batches(step)):
@@ -203,6 +211,7 @@ class Training:
         sums: dict[str, Tensor] = {}
         teacher_seconds = 0.0
         micro_batches = list(self._micro_batches(steps))
+        candidates = self._candidates(steps)
         for number, (block_ids, starts_B) in enumerate(micro_batches):
             batch, reset_BT = self._batch(block_ids, starts_B)
             signal = None
@@ -220,6 +229,7 @@ class Training:
                     self.states.get(number),
                     signal,
                     objective,
+                    candidates,
                 )
                 # DDP averages over processes: undo that, then divide once by the tokens of the whole step.
                 accelerator.backward(loss * (accelerator.num_processes / self.tokens_per_step))
@@ -242,13 +252,40 @@ class Training:
 
     def _micro_batches(self, step: int) -> Iterator[tuple[Any, Tensor]]:
         """This process's block ids of a step, and which of them do not follow the lane's block before."""
-        epoch, row = divmod(step, self.steps_per_epoch)
-        order_SG = lane_order(len(self.blocks), self.lanes, epoch=epoch, seed=self.recipe.run.seed)
+        order_SG, row = self._order(step)
+        goes_on = row > 0 and not (step == self.progress.stage_start.steps and self._text_changes())
         first = self.accelerator.process_index * (self.lanes // self.accelerator.num_processes)
         for start in range(first, first + self.lanes // self.accelerator.num_processes, self.micro):
             ids = order_SG[row, start : start + self.micro]
-            before = order_SG[row - 1, start : start + self.micro] if row else ids
+            before = order_SG[row - 1, start : start + self.micro] if goes_on else ids
             yield ids, torch.from_numpy(ids != before + 1)
+
+    def _order(self, step: int) -> tuple[np.ndarray, int]:
+        """Block numbers of the epoch that a step is in, (steps, lanes), and the step's row."""
+        epoch, row = divmod(step, len(self.blocks) // self.lanes)
+        return lane_order(len(self.blocks), self.lanes, epoch=epoch, seed=self.recipe.run.seed), row
+
+    def _blocks_of(self, stage: StageConfig) -> Blocks:
+        return self.blocks_with_targets if stage.needs_teacher else self.all_blocks
+
+    def _text_changes(self) -> bool:
+        """Whether the stage at hand reads other blocks than the one before: no lane then goes on where it was."""
+        number = self.progress.stage
+        return number > 0 and len(self._blocks_of(self.stages[number - 1])) != len(self.blocks)
+
+    def _sampler(self, stage: StageConfig) -> CandidateSampler | None:
+        if stage.candidates is None:
+            return None
+        occurrences = np.bincount(self.all_blocks.tokens, minlength=self.teacher.vocab_size)
+        return CandidateSampler(torch.from_numpy(occurrences).to(self.accelerator.device), stage.candidates)
+
+    def _candidates(self, step: int) -> Candidates | None:
+        """Those of a step, the same for all processes and micro-batches."""
+        if self.sampler is None:
+            return None
+        order_SG, row = self._order(step)
+        labels_N = self.blocks.labels(order_SG[row]).flatten().to(self.accelerator.device)
+        return self.sampler.draw(labels_N, self.recipe.run.seed * 1_000_003 + step)
 
     def _clip(self, model: torch.nn.Module) -> Tensor:
         limit = self.recipe.run.max_grad_norm

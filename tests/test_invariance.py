@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 LENGTHS = (
     "stages.0.length.steps=12",
     "stages.1.length.steps=16",
+    "stages.1.candidates=12",
     "evaluation.every.steps=7",
     "control=false",
 )

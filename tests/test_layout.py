@@ -55,6 +55,7 @@ def our_imports(module: str) -> set[str]:
 def test_the_sources_are_found() -> None:
     assert {"distill.train", "distill.student", "distill.config", "eval.perplexity"} <= MODULES.keys()
     assert our_imports("distill.fused") == {
+        "distill.candidates",
         "distill.losses",
         "distill.objective",
         "distill.signals",
