@@ -7,6 +7,10 @@ PYTHON ?= python3
 RECIPE ?= recipes/quickstart.yaml
 ACCELERATE ?= recipes/accelerate/cpu.yaml
 ARGS ?=
+# Hidden sizes of the students of make frontier, the one of them that also has a control, and where the runs go.
+SIZES ?= 256 512 768 1024
+CONTROL ?= 512
+RUNS ?= runs
 PYTEST_ARGS ?=
 # What pip installs as torch in place of requirements/torch.txt: a requirement and any pip options.
 # Read when .venv is built, and again whenever a value is given that differs from the last.
@@ -27,7 +31,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev distill smoke test check bench-loss bench-train bench-quality docs lock clean FORCE
+.PHONY: help install install-dev distill frontier smoke test check bench-loss bench-train bench-quality docs lock clean FORCE
 
 help:  ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -38,6 +42,7 @@ help:  ## list the targets and their variables
 	@echo "  ACCELERATE=FILE      where it runs ($(ACCELERATE))"
 	@echo "  ARGS='run.threads=2 ...'  overrides of the recipe"
 	@echo "  THREADS=N            CPU threads ($(THREADS))"
+	@echo "  SIZES='256 512 ...'  hidden sizes of make frontier ($(SIZES)); CONTROL=N has a control, RUNS=FOLDER holds the runs"
 	@echo "  PYTEST_ARGS='-k name'  options for pytest in make test"
 
 install: .venv/.data  ## build .venv with everything the quickstart needs
@@ -46,6 +51,13 @@ install-dev: .venv/.dev .venv/.data  ## the same and the tools of the gate
 
 distill: install  ## install what is missing, then distil: the quickstart, or RECIPE=... ARGS=...
 	$(LAUNCH) $(RECIPE) $(ARGS)
+
+frontier: install  ## students of several SIZES from one cache of the teacher, and the page that compares them
+	for size in $(SIZES); do \
+		$(LAUNCH) recipes/frontier.yaml run.output_dir=$(RUNS) run.name=frontier-$$size student.hidden_size=$$size \
+			control=$$([ $$size = $(CONTROL) ] && echo true || echo false) $(ARGS) || exit; \
+	done
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m eval.report $(SIZES:%=$(RUNS)/frontier-%) --measure --output $(RUNS)/frontier
 
 smoke: install  ## the whole pipeline in seconds, on toy sizes
 	$(LAUNCH) recipes/smoke.yaml $(ARGS)
@@ -131,7 +143,7 @@ COMPILE := build/lock/bin/uv pip compile --quiet --universal --python-version 3.
 	--custom-compile-command 'make lock' --overrides requirements/no-torch.txt --no-emit-package torch
 
 lock: build/lock/.uv  ## rebuild requirements/base.txt and dev.txt; LOCK_ARGS=--upgrade for new versions
-	$(COMPILE) $(LOCK_ARGS) --extra gguf pyproject.toml requirements/base.in -o requirements/base.txt
+	$(COMPILE) $(LOCK_ARGS) --extra gguf --extra report pyproject.toml requirements/base.in -o requirements/base.txt
 	build/lock/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")' \
 		| $(COMPILE) $(LOCK_ARGS) --constraints requirements/base.txt - -o requirements/dev.txt
 

@@ -42,6 +42,10 @@ class Documents:
         """M: every token but the separators."""
         return sum(len(tokens) - 1 for tokens in self.tokens)
 
+    def first(self, count: int | None) -> Documents:
+        """The first `count` of them; None: all."""
+        return Documents(self.tokens[:count], self.utf8_bytes[:count], self.words[:count])
+
 
 @dataclass(frozen=True)
 class Score:
@@ -154,21 +158,71 @@ def score(
     """Negative log-likelihood of all documents, and KL and agreement where the teacher's reference is given."""
     nll_M = torch.zeros(documents.targets, dtype=torch.float64)
     kl_sum, matches = 0.0, 0
-    for index_N, hidden_Nd, labels_N in _scored(model, documents, window, context, batch_tokens):
-        for start in range(0, len(index_N), ROWS_PER_HEAD_CALL):
-            part = slice(start, start + ROWS_PER_HEAD_CALL)
-            with torch.inference_mode():
-                log_q_NV = F.log_softmax(model.head.logits(hidden_Nd[part]), -1, dtype=torch.float32)
-                nll_M[index_N[part]] = -log_q_NV.gather(1, labels_N[part, None])[:, 0].double().cpu()
-                if reference is not None:
-                    teacher_Nd = reference.hidden_Md[index_N[part]].to(reference.head.weight_Vd.device)
-                    log_p_NV = F.log_softmax(reference.head.logits(teacher_Nd), -1, dtype=torch.float32).to(
-                        log_q_NV.device
-                    )
-                    kl_N = F.kl_div(log_q_NV, log_p_NV, reduction="none", log_target=True).sum(-1)
-                    kl_sum += kl_N.double().sum().item()
-                    matches += int((log_p_NV.argmax(-1) == log_q_NV.argmax(-1)).sum())
+    for part in scored(model, documents, rows_of(documents, window, context), batch_tokens, reference):
+        nll_M[part.index_N] = part.nll_N
+        if part.log_p_NV is not None:
+            kl_sum += part.kl_N.sum().item()
+            matches += int((part.log_p_NV.argmax(-1) == part.log_q_NV.argmax(-1)).sum())
     return _summed(documents, nll_M, None if reference is None else kl_sum, None if reference is None else matches)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Some targets: their places among all M (CPU), the model's distributions, labels, and the teacher's if given."""
+
+    index_N: Tensor
+    log_q_NV: Tensor
+    labels_N: Tensor
+    log_p_NV: Tensor | None
+
+    @property
+    def nll_N(self) -> Tensor:
+        """Nats of each label, fp64 on the CPU."""
+        return -self.log_q_NV.gather(1, self.labels_N[:, None])[:, 0].double().cpu()
+
+    @property
+    def kl_N(self) -> Tensor:
+        """KL(teacher || model) of each target in nats, fp64."""
+        assert self.log_p_NV is not None
+        return F.kl_div(self.log_q_NV, self.log_p_NV, reduction="none", log_target=True).sum(-1).double()
+
+
+def scored(
+    model: LanguageModel,
+    documents: Documents,
+    rows: Sequence[Row],
+    batch_tokens: int,
+    reference: Reference | None = None,
+) -> Iterator[Scored]:
+    """The distributions at all targets of `rows`, a few at a time and in any order; fp32."""
+    for index_M, hidden_Md, labels_M in _hidden_states(model, documents, rows, batch_tokens):
+        for index_N, hidden_Nd, labels_N in zip(
+            *(part.split(ROWS_PER_HEAD_CALL) for part in (index_M, hidden_Md, labels_M)), strict=True
+        ):
+            with torch.inference_mode():
+                log_q_NV, log_p_NV = F.log_softmax(model.head.logits(hidden_Nd), -1, dtype=torch.float32), None
+                if reference is not None:
+                    teacher_Nd = reference.hidden_Md[index_N].to(reference.head.weight_Vd.device)
+                    log_p_NV = F.log_softmax(reference.head.logits(teacher_Nd), -1, dtype=torch.float32)
+                    log_p_NV = log_p_NV.to(log_q_NV.device)
+            yield Scored(index_N, log_q_NV, labels_N, log_p_NV)
+
+
+def bootstrap_interval(
+    sums_n: np.ndarray, weights_n: np.ndarray, *, resamples: int = 1000, level: float = 0.95, seed: int = 0
+) -> tuple[float, float] | None:
+    """Interval of sum(sums) / sum(weights) when documents are drawn anew with replacement (Efron 1979, percentiles).
+
+    None for fewer than two documents, which say nothing about their spread.
+    """
+    kept_n = weights_n > 0
+    sums_n, weights_n = sums_n[kept_n], weights_n[kept_n]
+    count = len(sums_n)
+    if count < 2:
+        return None
+    drawn_Rn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
+    low, high = np.quantile((drawn_Rn @ sums_n) / (drawn_Rn @ weights_n), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def build_reference(
@@ -176,7 +230,8 @@ def build_reference(
 ) -> Reference:
     """Read all documents with the teacher once and keep its hidden states (M, d) in its own type, on the CPU."""
     hidden_Md = torch.empty(documents.targets, teacher.width, dtype=teacher.head.weight_Vd.dtype)
-    for index_N, hidden_Nd, _ in _scored(teacher, documents, window, context, batch_tokens):
+    rows = rows_of(documents, window, context)
+    for index_N, hidden_Nd, _ in _hidden_states(teacher, documents, rows, batch_tokens):
         hidden_Md[index_N] = hidden_Nd.to("cpu", hidden_Md.dtype)
     return Reference(hidden_Md, teacher.head)
 
@@ -208,11 +263,11 @@ def _summed(documents: Documents, nll_M: Tensor, kl_sum: float | None = None, ma
     )
 
 
-def _scored(
-    model: LanguageModel, documents: Documents, window: int | None, context: int, batch_tokens: int
+def _hidden_states(
+    model: LanguageModel, documents: Documents, rows: Sequence[Row], batch_tokens: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """For each batch of rows: place among M (CPU), final hidden states and labels of the scored targets."""
-    rows = sorted(rows_of(documents, window, context), key=lambda row: row.stop - row.start, reverse=True)
+    rows = sorted(rows, key=lambda row: row.stop - row.start, reverse=True)
     while rows:
         longest = rows[0].stop - rows[0].start
         size = max(1, batch_tokens // longest)

@@ -4,7 +4,8 @@ Without an account the run is recorded offline under `RUN/wandb/` and the log sa
 tracker that fails, at the start or later, is reported once and left alone: it never stops a run.
 
 Metrics carry their unit in the name and their own x-axis: `train/student/*` and `train/control/*` over
-`tokens`, validation curves of both over `train_seconds`, so student and control share one axis.
+`tokens`, validation curves of both over `train_seconds`, so student and control share one axis. What is
+measured later (`eval/`) goes into the same run, found by the id in the run folder, as `eval/*` of its summary.
 """
 
 from __future__ import annotations
@@ -13,23 +14,26 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
 from distill.config import Recipe
+from distill.recipe import load_recipe
 
 logger = logging.getLogger(__name__)
+IDENTITY = "wandb_id.json"
 VALIDATION_FIGURES = ("nll_nats", "perplexity", "kl_to_teacher_nats", "top1_agreement")
 
 
 class Tracker:
     """A wandb run, or nothing. All methods are no-ops off the main process and after a failure."""
 
-    def __init__(self, accelerator: Accelerator, recipe: Recipe) -> None:
-        self._accelerator = accelerator
+    def __init__(self, accelerator: Accelerator, recipe: Recipe, folder: Path | None = None) -> None:
+        """`folder`: the run folder, where it is not the recipe's."""
+        self._accelerator, self._folder = accelerator, (folder or recipe.folder).resolve()
         self._run: Any = None
         self._alive = recipe.tracking.tracker == "wandb" and accelerator.is_main_process
         self._guarded(lambda: self._start(recipe))
@@ -37,8 +41,7 @@ class Tracker:
     def _start(self, recipe: Recipe) -> None:
         import wandb
 
-        folder = recipe.folder.resolve()
-        identity = folder / "wandb_id.json"
+        folder, identity = self._folder, self._folder / IDENTITY
         if identity.is_file():
             run_id = json.loads(identity.read_text(encoding="utf-8"))["id"]
         else:
@@ -113,6 +116,21 @@ class Tracker:
         self._table("result", rows)
         self._guarded(send)
 
+    def log_evaluation(
+        self, protocol: str, figures: Mapping[str, Any], rows: list[dict[str, Any]], pictures: Iterable[Path]
+    ) -> None:
+        """Figures into the summary as `eval/PROTOCOL/...`, rows as a table, pictures as they are."""
+
+        def send() -> None:
+            import wandb
+
+            self._run.summary.update(dict(_scalars(f"eval/{protocol}", figures)))
+            for picture in pictures:
+                self._run.log({f"eval/{protocol}/{picture.stem}": wandb.Image(str(picture))})
+
+        self._table(f"eval/{protocol}/table", rows)
+        self._guarded(send)
+
     def finish(self) -> None:
         """Close the run."""
         self._guarded(self._accelerator.end_training)
@@ -136,3 +154,27 @@ class Tracker:
         except Exception as error:  # whatever a tracker does wrong, the run goes on
             self._alive = False
             logger.warning("tracking stops here, the run goes on: %s: %s", type(error).__name__, error)
+
+
+def log_evaluation(
+    folder: Path,
+    protocol: str,
+    figures: Mapping[str, Any],
+    rows: list[dict[str, Any]] | None = None,
+    pictures: Iterable[Path] = (),
+) -> None:
+    """Log what was measured after a run into its own wandb run, online or offline; nothing where it has none."""
+    if not (folder / IDENTITY).is_file():
+        return
+    tracker = Tracker(Accelerator(log_with="wandb"), load_recipe(folder), folder)
+    tracker.log_evaluation(protocol, figures, rows or [], pictures)
+    tracker.finish()
+
+
+def _scalars(name: str, value: Any) -> Iterator[tuple[str, float | str | bool]]:
+    """The leaves of nested mappings by path; lists are left out."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _scalars(f"{name}/{key}", item)
+    elif isinstance(value, int | float | str | bool):
+        yield name, value

@@ -146,6 +146,54 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return World(folder, teacher, text, recipe)
 
 
+@pytest.fixture
+def other_weights(world: World, tmp_path: Path) -> Path:
+    """The tiny teacher with other weights: the same vocabulary, another opinion."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "other_weights"
+    network = AutoModelForCausalLM.from_pretrained(world.teacher)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    network.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(world.teacher).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def other_teacher(tmp_path: Path) -> Path:
+    """A model whose tokens are characters."""
+    import torch
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path / "other_teacher"
+    letters = ["<|stop|>", "<|unk|>", " ", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = Tokenizer(models.WordLevel({letter: index for index, letter in enumerate(letters)}, "<|unk|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|stop|>", unk_token="<|unk|>", pad_token="<|stop|>"
+    ).save_pretrained(folder)
+    torch.manual_seed(2)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(letters),
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=512,
+            eos_token_id=0,
+            bos_token_id=0,
+            pad_token_id=0,
+        )  # fmt: skip
+    ).save_pretrained(folder)
+    return folder
+
+
 def run_command(
     *arguments: str,
     launcher: tuple[str, ...] = ("distill/run.py",),
@@ -157,6 +205,21 @@ def run_command(
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
     command = [sys.executable, *launcher, *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="session")
+def run_folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run made as `accelerate launch -m distill.run`, from another working directory."""
+    folder, cpu = tmp_path_factory.mktemp("job"), ROOT / "recipes/accelerate/cpu.yaml"
+    run = run_command(
+        str(world.recipe),
+        "run.output_dir=out",
+        launcher=("-m", "accelerate.commands.launch", "--config_file", str(cpu), "-m", "distill.run"),
+        cwd=folder,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert "Run folder: out/tiny" in run.stdout
+    return folder / "out" / "tiny"
 
 
 def result_of(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, World, result_of, run_command
+from conftest import World, result_of, run_command
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,23 +15,6 @@ import distill.student  # noqa: F401  makes the Auto classes know the student
 from distill.hub import write_card
 from distill.recipe import load_recipe
 from distill.result import compare
-
-CPU = ROOT / "recipes/accelerate/cpu.yaml"
-
-
-@pytest.fixture(scope="module")
-def run_folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run made as `accelerate launch -m distill.run`, from another working directory."""
-    folder = tmp_path_factory.mktemp("job")
-    run = run_command(
-        str(world.recipe),
-        "run.output_dir=out",
-        launcher=("-m", "accelerate.commands.launch", "--config_file", str(CPU), "-m", "distill.run"),
-        cwd=folder,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    assert "Run folder: out/tiny" in run.stdout
-    return folder / "out" / "tiny"
 
 
 def test_result_has_the_promised_fields(run_folder: Path, world: World) -> None:
@@ -78,15 +61,20 @@ def test_final_student_is_a_plain_folder(run_folder: Path) -> None:
 
 def test_eval_perplexity_gives_the_same_numbers(run_folder: Path, world: World) -> None:
     run = run_command(
-        str(world.teacher), str(run_folder / "student"), "--corpus", str(run_folder), "--dtype", "fp32",
+        str(run_folder), str(run_folder / "student"), "--corpus", str(run_folder),
         launcher=("-m", "eval.perplexity"),
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    models = json.loads(run.stdout.splitlines()[-1])["models"]
+    printed = json.loads(run.stdout.splitlines()[-1])["models"]
+    assert list(printed) == ["teacher", "tiny student", "tiny control", str(run_folder / "student")]
+    assert printed["tiny student"] == printed[str(run_folder / "student")]
+    kept = json.loads((run_folder / "eval" / "perplexity.json").read_text(encoding="utf-8"))["models"]
+    assert list(kept.values()) == list(printed.values())[:3]
     result = result_of(run_folder)
-    for name, path in (("teacher", world.teacher), ("student", run_folder / "student")):
+    for role in ("teacher", "student", "control"):
+        (row,) = kept[role].values()
         for figure in ("nll_nats", "perplexity", "bits_per_byte", "tokens"):
-            assert models[str(path)][figure] == pytest.approx(result[name][figure], rel=1e-6), (name, figure)
+            assert row[figure] == pytest.approx(result[role][figure], rel=1e-6), (role, figure)
 
 
 def test_eval_perplexity_of_a_text_file(world: World, tmp_path: Path) -> None:
@@ -95,7 +83,7 @@ def test_eval_perplexity_of_a_text_file(world: World, tmp_path: Path) -> None:
     text.write_text("the river is old\n\na young king found the bridge\n", encoding="utf-8")
     run = run_command(str(world.teacher), "--corpus", str(text), launcher=("-m", "eval.perplexity"))
     assert run.returncode == 0, run.stderr
-    row = json.loads(run.stdout.splitlines()[-1])["models"][str(world.teacher)]
+    row = json.loads(run.stdout.splitlines()[-1])["models"][str(world.teacher)]["text.txt, all"]
     assert row["tokens"] == 10
     missing = run_command("/no/model", "--corpus", str(text), launcher=("-m", "eval.perplexity"))
     assert missing.returncode == 2

@@ -35,15 +35,20 @@ def records(file: Path) -> Iterator[bytes]:
 
 def history(folder: Path) -> list[dict[str, object]]:
     """Rows of metrics in the only wandb run of a run folder."""
+    (file,) = folder.rglob("*.wandb")
+    return rows_of(file, "history")
+
+
+def rows_of(file: Path, kind: str) -> list[dict[str, object]]:
+    """All `history` or `summary` records of a `.wandb` file, as rows by key."""
     from wandb.proto import wandb_internal_pb2
 
-    (file,) = folder.rglob("*.wandb")
     rows = []
     for data in records(file):
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
-        if record.WhichOneof("record_type") == "history":
-            items = record.history.item
+        if record.WhichOneof("record_type") == kind:
+            items = record.history.item if kind == "history" else record.summary.update
             rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
     return rows
 
@@ -67,6 +72,32 @@ def test_offline_run_holds_the_curves(world: World, tmp_path: Path) -> None:
     assert any("validation/student_and_control" in key for row in rows for key in row), "both on one axis"
     assert any(key.startswith("samples") for row in rows for key in row)
     assert any(key.startswith("result") for row in rows for key in row)
+
+
+def test_evaluations_go_into_the_same_run(world: World, tmp_path: Path) -> None:
+    """Resumed by its id; also where the folder has been moved since."""
+    arguments = (str(world.recipe), f"run.output_dir={tmp_path}", "tracking=wandb", "control=false")
+    assert run_command(*arguments).returncode == 0
+    folder = (tmp_path / "tiny").rename(tmp_path / "moved")
+    before = set(folder.rglob("*.wandb"))
+    found = run_command(str(folder), launcher=("-m", "eval.perplexity"))
+    assert found.returncode == 0, found.stderr
+    (file,) = set(folder.rglob("*.wandb")) - before
+    assert file.name == before.pop().name, "the same id"
+    summary: dict[str, object] = {}
+    for row in rows_of(file, "summary"):
+        summary |= {key.replace("\\", ""): value for key, value in row.items()}
+    kept = json.loads((folder / "eval" / "perplexity.json").read_text(encoding="utf-8"))["models"]["student"]
+    ((corpus, row),) = kept.items()
+    assert summary[f"eval/perplexity/student/{corpus}/bits_per_byte"] == row["bits_per_byte"]
+    # Its report: a table of all points, and the pictures.
+    before = set(folder.rglob("*.wandb"))
+    report = run_command(str(folder), "--output", str(tmp_path / "report"), launcher=("-m", "eval.report"))
+    assert report.returncode == 0, report.stderr
+    (file,) = set(folder.rglob("*.wandb")) - before
+    logged = {key for row in rows_of(file, "history") for key in row}
+    for part in ("eval/frontier/table", "eval/frontier/frontier"):
+        assert any(part in key for key in logged), logged
 
 
 @pytest.mark.parametrize("place", ["start", "log"])

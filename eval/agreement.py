@@ -1,0 +1,216 @@
+"""How closely a student follows its teacher, token by token.
+
+    python -m eval.agreement runs/quickstart
+    python -m eval.agreement MODEL ... --teacher TEACHER --corpus my.txt
+
+For the teacher's distribution p and the model's q at every token of the text, means of
+
+- KL(p || q) in nats;
+- top-1 agreement (both find the same token likeliest) and top-5 agreement (the teacher's likeliest token is among the
+  model's five likeliest);
+- the overlap sum min(p, q) = 1 - total variation: the rate at which speculative sampling accepts the model's drafts
+  (Leviathan et al. 2023, arXiv 2211.17192);
+- the expected calibration error of both: the distance of confidence from accuracy, over 15 bins of equal width (Guo et
+  al. 2017, arXiv 1706.04599);
+
+and the first ones by how frequent the target token is and by the teacher's entropy. Both need one vocabulary.
+
+Legend: M targets, N some of them, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.corpus import load_corpus
+from distill.metrics import (
+    Documents,
+    Reference,
+    Scored,
+    bootstrap_interval,
+    build_reference,
+    reading_window,
+    rows_of,
+    scored,
+)
+from distill.teacher import LanguageModel
+from eval.command import (
+    Figures,
+    Subject,
+    Text,
+    add_corpus_options,
+    check_vocabularies,
+    execute,
+    find_teacher,
+    finish,
+    make_parser,
+    make_subjects,
+    make_texts,
+)
+from eval.output import print_table
+
+BINS = 15
+ENTROPY_EDGES = (0.5, 1.5, 3.0, 4.5)  # nats
+FREQUENCY_EDGES = (1e-5, 1e-4, 1e-3, 1e-2)  # share of all tokens
+
+
+@dataclass(frozen=True)
+class PerTarget:
+    """What is compared at each target: (M,) each, fp64 on the CPU."""
+
+    kl_M: Tensor
+    overlap_M: Tensor
+    top1_M: Tensor
+    top5_M: Tensor
+    entropy_M: Tensor  # of the teacher, nats
+    confidence_M2: Tensor  # highest probability of teacher, model
+    correct_M2: Tensor  # whether that token came
+
+
+def compare(
+    model: LanguageModel, documents: Documents, reference: Reference, *, window: int | None, context: int, batch: int
+) -> PerTarget:
+    """Read the documents with the model and compare it with the teacher's stored states, `batch` tokens at a time."""
+    columns = torch.zeros(documents.targets, 9, dtype=torch.float64)
+    for part in scored(model, documents, rows_of(documents, window, context), batch, reference):
+        columns[part.index_N] = _columns(part)
+    kl_M, overlap_M, top1_M, top5_M, entropy_M = columns[:, :5].unbind(1)
+    return PerTarget(kl_M, overlap_M, top1_M, top5_M, entropy_M, columns[:, 5:7], columns[:, 7:9])
+
+
+def _columns(part: Scored) -> Tensor:
+    """The nine numbers of each target, (N, 9)."""
+    assert part.log_p_NV is not None
+    p_NV, q_NV = part.log_p_NV.exp(), part.log_q_NV.exp()
+    (p_N, teachers_N), (q_N, own_N) = p_NV.max(-1), q_NV.max(-1)
+    numbers = (
+        part.kl_N,
+        torch.minimum(p_NV, q_NV).sum(-1),
+        teachers_N == own_N,
+        (q_NV > q_NV.gather(1, teachers_N[:, None])).sum(-1) < 5,
+        torch.special.entr(p_NV).sum(-1),
+        p_N,
+        q_N,
+        teachers_N == part.labels_N,
+        own_N == part.labels_N,
+    )
+    return torch.stack([number.double().cpu() for number in numbers], dim=1)
+
+
+def calibration(confidence_M: Tensor, correct_M: Tensor, bins: int = BINS) -> Figures:
+    """Expected calibration error, and the reliability diagram: mean confidence, accuracy and share of each bin."""
+    bin_M = (confidence_M * bins).long().clamp(0, bins - 1)
+    count_b = torch.bincount(bin_M, minlength=bins).double()
+    confidence_b, accuracy_b = (
+        torch.bincount(bin_M, weights=values_M.double(), minlength=bins) / count_b.clamp_min(1)
+        for values_M in (confidence_M, correct_M)
+    )
+    error = (count_b * (confidence_b - accuracy_b).abs()).sum() / count_b.sum()
+    filled = count_b > 0
+    return {
+        "expected_calibration_error": error.item(),
+        "confidence": confidence_b[filled].tolist(),
+        "accuracy": accuracy_b[filled].tolist(),
+        "share": (count_b / count_b.sum())[filled].tolist(),
+    }
+
+
+def by_band(values: PerTarget, key_M: Tensor, edges: Sequence[float]) -> list[Figures]:
+    """Means of the targets whose key lies between two edges, empty bands left out."""
+    bands = []
+    number_M = torch.bucketize(key_M.contiguous(), torch.tensor(edges, dtype=key_M.dtype), right=True)
+    for number, (low, high) in enumerate(zip((0.0, *edges), (*edges, None), strict=True)):
+        inside_M = number_M == number
+        if inside_M.any():
+            means = {
+                "kl_to_teacher_nats": values.kl_M[inside_M].mean().item(),
+                "top1_agreement": values.top1_M[inside_M].mean().item(),
+                "overlap": values.overlap_M[inside_M].mean().item(),
+            }
+            bands.append({"from": low, "below": high, "share": inside_M.double().mean().item(), **means})
+    return bands
+
+
+def summarise(values: PerTarget, documents: Documents, frequency_M: Tensor) -> Figures:
+    """A model's row."""
+    lengths = np.array([len(tokens) - 1 for tokens in documents.tokens])
+
+    def interval(values_M: Tensor) -> tuple[float, float] | None:
+        return bootstrap_interval(np.array([part.sum().item() for part in values_M.split(lengths.tolist())]), lengths)
+
+    return {
+        "kl_to_teacher_nats": values.kl_M.mean().item(),
+        "kl_to_teacher_nats_interval": interval(values.kl_M),
+        "overlap": values.overlap_M.mean().item(),
+        "overlap_interval": interval(values.overlap_M),
+        "top1_agreement": values.top1_M.mean().item(),
+        "top5_agreement": values.top5_M.mean().item(),
+        "teacher_entropy_nats": values.entropy_M.mean().item(),
+        "calibration": calibration(values.confidence_M2[:, 1], values.correct_M2[:, 1]),
+        "teacher_calibration": calibration(values.confidence_M2[:, 0], values.correct_M2[:, 0]),
+        "by_frequency": by_band(values, frequency_M, FREQUENCY_EDGES),
+        "by_teacher_entropy": by_band(values, values.entropy_M, ENTROPY_EDGES),
+        "tokens": documents.targets,
+    }
+
+
+def frequencies(text: Text, documents: Documents, model: LanguageModel) -> Tensor:
+    """How frequent each target is (M,): its share of the training split's tokens, or of this text's own."""
+    targets_M = np.concatenate([tokens[1:] for tokens in documents.tokens]).astype(np.int64)
+    counted = targets_M
+    if text.split != "all":
+        counted = np.asarray(load_corpus(text.corpus, model.tokenizer, progress=False).train.tokens)
+    counts_V = np.bincount(counted, minlength=model.vocab_size)
+    return torch.from_numpy(counts_V[targets_M] / counts_V.sum())
+
+
+def measure(options: argparse.Namespace) -> None:
+    text = make_texts(options)[0]
+    subjects = make_subjects(options.models, ("student", "control"), options.trust_remote_code)
+    teacher = find_teacher(options).load(options.dtype)
+    documents = text.documents(teacher)
+    evaluation, (window, context) = text.evaluation, reading_window(teacher, text.evaluation)
+    reference = build_reference(
+        teacher, documents, window=window, context=context, batch_tokens=evaluation.batch_tokens
+    )
+    frequency_M = frequencies(text, documents, teacher)
+    figures: dict[Subject, Figures] = {}
+    for subject in subjects:
+        model = subject.load(options.dtype)
+        check_vocabularies(teacher, model)
+        window, context = reading_window(model, evaluation)
+        values = compare(model, documents, reference, window=window, context=context, batch=evaluation.batch_tokens)
+        figures[subject] = summarise(values, documents, frequency_M)
+    rows = [
+        {
+            "model": subject.label,
+            "KL (nats)": f"{row['kl_to_teacher_nats']:.3f}",
+            "overlap": f"{row['overlap']:.3f}",
+            "top-1": f"{row['top1_agreement']:.3f}",
+            "top-5": f"{row['top5_agreement']:.3f}",
+            "ECE": f"{row['calibration']['expected_calibration_error']:.3f}",
+            "teacher's ECE": f"{row['teacher_calibration']['expected_calibration_error']:.3f}",
+            "tokens": f"{row['tokens']:,}",
+        }
+        for subject, row in figures.items()
+    ]
+    print_table(f"agreement with {teacher.name}; {text.label}", rows)
+    finish(options, figures, {"teacher": teacher.name, "corpus": text.label, **text.settings})
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser("agreement", __doc__)
+    add_corpus_options(parser)
+    parser.add_argument("--teacher", metavar="MODEL", help="default: the teacher of the run folders")
+    return execute(parser, arguments, measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

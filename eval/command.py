@@ -1,0 +1,262 @@
+"""What the evaluation commands share: which models on which texts, and where their figures go.
+
+MODEL is anything that `AutoModelForCausalLM` loads, teacher or student: a hub id, a folder, a `.gguf` file,
+`package:DISTRIBUTION/PATH`. A run folder stands for its teacher, its student and its control; several runs of one
+teacher share it. Figures of a run's models are also kept in `RUN/eval/PROTOCOL.json`, and in its wandb run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from pydantic import ValidationError
+
+from distill.checkpoint import write_json
+from distill.cli import guarded
+from distill.config import CorpusConfig, EvaluationConfig, TeacherConfig, UserError
+from distill.corpus import load_corpus, separator_id
+from distill.documents import open_documents
+from distill.job import select_documents
+from distill.metrics import Documents
+from distill.recipe import load_recipe
+from distill.result import versions
+from distill.student import LSTMForCausalLM
+from distill.teacher import LanguageModel, load_language_model
+from distill.tracking import log_evaluation
+from eval.output import machine, print_json
+
+logger = logging.getLogger(__name__)
+ROLES = ("teacher", "student", "control")
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to be measured, by the name that tables give it, with the run folders that it belongs to."""
+
+    label: str
+    role: str  # teacher, student or control of its runs, else `model`
+    config: TeacherConfig
+    runs: tuple[Path, ...] = ()
+
+    def load(self, dtype: str = "auto") -> LanguageModel:
+        """On this machine's device; a student is read in fp32, as the training validates it, unless told otherwise."""
+        device = Accelerator().device
+        given = self.config.model_dump(exclude={"context", "dtype"})
+        wanted = self.config.dtype if dtype == "auto" else dtype
+        loaded = load_language_model(**given, dtype=wanted, device=device, role=self.role)
+        if isinstance(loaded.model, LSTMForCausalLM) and wanted == "auto":
+            loaded = load_language_model(**given, dtype="fp32", device=device, role=self.role)
+        return loaded
+
+
+def is_run(name: str) -> bool:
+    """Whether a name on the command line is a run folder."""
+    return (Path(name) / "recipe.yaml").is_file()
+
+
+def make_subjects(names: Sequence[str], roles: Sequence[str] = ROLES, trust_remote_code: bool = False) -> list[Subject]:
+    """What the names on the command line stand for, teachers first; UserError for a run without a student."""
+    teachers: dict[TeacherConfig, list[Path]] = {}
+    others = []
+    for name in names:
+        folder = Path(name)
+        if not is_run(name):
+            others.append(Subject(name, "model", TeacherConfig(model=name, trust_remote_code=trust_remote_code)))
+            continue
+        if not (folder / "student" / "config.json").is_file():
+            raise UserError(f"{name}: expected a finished run, found no student in it; run its recipe to the end first")
+        teachers.setdefault(load_recipe(folder).teacher.model_copy(update={"context": 0}), []).append(folder)
+        for role in ("student", "control"):
+            if role in roles and (folder / role / "config.json").is_file():
+                config = TeacherConfig(model=str(folder / role), dtype="fp32")
+                others.append(Subject(f"{folder.name} {role}", role, config, (folder,)))
+    wanted = teachers.items() if "teacher" in roles else ()
+    return [
+        Subject("teacher" if len(teachers) == 1 else f"teacher {config.model}", "teacher", config, tuple(runs))
+        for config, runs in wanted
+    ] + others
+
+
+def find_teacher(options: argparse.Namespace) -> Subject:
+    """The one teacher of all models: `--teacher`, else that of the runs."""
+    if options.teacher:
+        config = TeacherConfig(model=options.teacher, trust_remote_code=options.trust_remote_code)
+        return Subject(options.teacher, "teacher", config)
+    teachers = make_subjects(list(filter(is_run, options.models)), ("teacher",))
+    if len(teachers) != 1:
+        found = ", ".join(teacher.config.model for teacher in teachers) or "none among the models' runs"
+        raise UserError(
+            f"--teacher: expected one teacher for all models, found {found}; name it, or give one at a time"
+        )
+    return teachers[0]
+
+
+def check_vocabularies(teacher: LanguageModel, model: LanguageModel) -> None:
+    """UserError where the two do not speak of the same tokens."""
+    if teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab():
+        raise UserError(
+            f"{model.name}: its vocabulary of {model.vocab_size} tokens is not that of the teacher {teacher.name} "
+            f"({teacher.vocab_size}), so their distributions cannot be compared; python -m eval.perplexity compares "
+            "them per word and per byte"
+        )
+
+
+@dataclass(frozen=True)
+class Text:
+    """A corpus to be read: the documents of one split, or all of a text, and how a Transformer's windows go over it."""
+
+    label: str
+    corpus: CorpusConfig
+    split: str  # as the training sees it (`train`, `validation`, `test`), or `all` of the text
+    evaluation: EvaluationConfig
+
+    @property
+    def settings(self) -> Figures:
+        """What numbers on this text depend on."""
+        chosen = self.evaluation.model_dump(include={"window", "context", "max_tokens"})
+        return {"source": self.corpus.source, "split": self.split, **chosen}
+
+    def documents(self, model: LanguageModel, count: int | None = None) -> Documents:
+        """The first documents within `max_tokens`, or the first `count`, in the model's own tokens."""
+        return self._documents(model, None if count else self.evaluation.max_tokens).first(count)
+
+    def _documents(self, model: LanguageModel, max_tokens: int | None) -> Documents:
+        if self.split != "all":
+            corpus = load_corpus(self._with_separator_of(model), model.tokenizer, progress=False)
+            return select_documents(getattr(corpus, self.split), max_tokens)
+        separator = separator_id(model.tokenizer, self.corpus.separator)
+        tokens: list[np.ndarray] = []
+        utf8_bytes: list[int] = []
+        words: list[int] = []
+        total = 0
+        for text in open_documents(self.corpus, progress=False):
+            ids = model.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            if tokens and max_tokens is not None and total + len(ids) > max_tokens:
+                break
+            total += len(ids)
+            tokens.append(np.array([separator, *ids], dtype=np.int64))
+            utf8_bytes.append(len(text.encode()))
+            words.append(len(text.split()))
+        if total == 0:
+            raise UserError(f"corpus {self.corpus.source}: expected text, found none")
+        return Documents(tokens, np.array(utf8_bytes), np.array(words))
+
+    def _with_separator_of(self, model: LanguageModel) -> CorpusConfig:
+        """The recipe's corpus; a tokenizer that lacks its separator starts documents with its own."""
+        if self.corpus.separator is None or self.corpus.separator in model.tokenizer.get_vocab():
+            return self.corpus
+        logger.warning("%s: no token %s, documents start with its own", model.name, self.corpus.separator)
+        return self.corpus.model_copy(update={"separator": None})
+
+
+def make_parser(protocol: str, description: str | None) -> argparse.ArgumentParser:
+    """The command line of `eval.PROTOCOL`, with the models."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m eval.{protocol}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(protocol=protocol)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="a run folder, or any causal language model")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    parser.add_argument("--trust-remote-code", action="store_true")
+    return parser
+
+
+def add_corpus_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `make_texts` reads."""
+    parser.add_argument(
+        "--corpus", nargs="+", metavar="TEXT",
+        help="recipes, run folders or text sources (default: what the first run folder was validated on)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--split",
+        choices=["validation", "test", "train", "all"],
+        help="default: validation of a recipe, all of a text",
+    )
+    parser.add_argument("--text-field", default="text", help="field of a text source's records")
+    parser.add_argument("--unit", default="paragraph", choices=["line", "paragraph", "file"], help="a .txt document")
+    parser.add_argument("--separator", help="token that starts a document (default: the tokenizer's end of text)")
+    parser.add_argument("--window", type=int, help="longest stretch that a Transformer reads, in tokens")
+    parser.add_argument("--context", type=int, help="minimum left context in later windows, in tokens")
+    parser.add_argument("--max-tokens", type=int, help="read the first whole documents within this many tokens")
+
+
+def make_texts(options: argparse.Namespace) -> list[Text]:
+    """The corpora that the options name; UserError where one is missing or an option is out of bounds."""
+    names = options.corpus or list(filter(is_run, options.models))[:1]
+    if not names:
+        raise UserError("--corpus: expected a text, a recipe or a run folder, as no run folder is among the models")
+    given = {name: getattr(options, name) for name in ("window", "context", "max_tokens")}
+    given = {name: value for name, value in given.items() if value is not None}
+    texts = []
+    for name in names:
+        recipe = load_recipe(name) if is_run(name) or Path(name).suffix in (".yaml", ".yml") else None
+        try:
+            if recipe is None:
+                corpus = CorpusConfig(
+                    source=name, text_field=options.text_field, separator=options.separator, documents=options.unit
+                )
+                base: Figures = {"max_tokens": None}
+            else:
+                corpus, base = recipe.corpus, recipe.evaluation.model_dump()
+            evaluation = EvaluationConfig.model_validate({**base, **given})
+        except ValidationError as error:
+            raise UserError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
+        split = options.split or ("validation" if recipe else "all")
+        texts.append(Text(f"{Path(corpus.source).name}, {split}", corpus, split, evaluation))
+    return texts
+
+
+def execute(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, work: Callable[[argparse.Namespace], object]
+) -> int:
+    """Parse the command line and do the work; errors become one message and exit code 2."""
+    options = parser.parse_args(arguments)
+    torch.set_flush_denormal(True)
+    transformers.utils.logging.disable_progress_bar()
+    return guarded(lambda: work(options))
+
+
+def finish(options: argparse.Namespace, figures: Mapping[Subject, Figures], settings: Figures) -> None:
+    """Keep what was measured in the run folders and their wandb runs, and print it as the last line.
+
+    A run's file holds its models by role; the printed line holds all of them by label.
+    """
+    about = {
+        "protocol": options.protocol,
+        "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "settings": settings,
+        "machine": machine(),
+        "versions": versions(),
+    }
+    for run in sorted({run for subject in figures for run in subject.runs}):
+        models = {subject.role: row for subject, row in figures.items() if run in subject.runs}
+        write_json(run / "eval" / f"{options.protocol}.json", {**about, "models": models}, field="run folder")
+        log_evaluation(run, options.protocol, models)
+    print_json({**about, "models": {subject.label: row for subject, row in figures.items()}})
+
+
+def read_results(run: Path, protocol: str) -> Figures | None:
+    """What `eval.PROTOCOL` has found out about a run, or None."""
+    file = run / "eval" / f"{protocol}.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{file}: cannot be read: {error}; measure it again with python -m eval.{protocol} {run}"
+        ) from None

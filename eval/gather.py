@@ -1,0 +1,179 @@
+"""What a report says, as data: the figures of many runs brought together, and their frontier of quality against speed.
+
+Quality comes from `eval.perplexity` and `eval.agreement` (else from the run's own result), speed from `eval.latency`
+at batch 1 (else from the run's own result, as runtime `generate`). A runtime's last word names its precision: where
+`eval.perplexity --dtype` has measured that precision, its quality counts, else that of the model as it was trained,
+and the point says so.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distill.config import UserError
+from eval.command import Figures, read_results
+
+PROTOCOLS = ("perplexity", "agreement", "memory", "latency", "generate")
+Points = list[dict[str, Any]]
+
+
+def gather(folders: Sequence[Path]) -> Figures:
+    """All that is known of the runs; what `report.json` holds. UserError where a run has no results."""
+    runs = [_Run(folder) for folder in folders]
+    points = [point for number, run in enumerate(runs) for point in run.points(with_teacher=number == 0)]
+    latency = [run.found["latency"] for run in runs]
+    times = {found["measured"] for found in latency if found}
+    mark_dominated(points)
+    report = {
+        "sentence": sentence(points),
+        "runs": [run.folder.name for run in runs],
+        "corpus": runs[0].corpus,
+        "notes": [],
+        "points": points,
+        "curves": {run.folder.name: run.result["curves"] for run in runs},
+        "teacher_nll_nats": runs[0].result["teacher"]["nll_nats"],
+        "by_context": [line for n, run in enumerate(runs) for line in run.memory("context", n == 0)],
+        "recall": [line for n, run in enumerate(runs) for line in run.memory("recall", n == 0)],
+        "latency_by_context": [line for n, run in enumerate(runs) for line in run.latency_lines(n == 0)],
+        "samples": [sample for run in runs for sample in run.result["samples"][:1]],
+        "machine": next((found["machine"] for found in latency if found), None),
+        "versions": runs[0].result["versions"],
+    }
+    if len(times) > 1 or None in latency and times:
+        report["notes"].append("Speeds were not all measured in one go: compare them with caution.")
+    return report
+
+
+class _Run:
+    """One run folder's results."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            self.result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{folder}: expected a finished run with a result.json, found none") from None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder}/result.json: cannot be read: {error}") from None
+        names = (*PROTOCOLS, "perplexity-fp32", "perplexity-bf16", "perplexity-int8")
+        self.found = {name: read_results(folder, name) for name in names}
+        measured = self.found["perplexity"]
+        self.corpus = next(iter(measured["settings"]["corpora"])) if measured else "validation"
+
+    def label(self, role: str) -> str:
+        return "teacher" if role == "teacher" else f"{self.folder.name} {role}"
+
+    def points(self, with_teacher: bool) -> Points:
+        """One for each runtime of each model."""
+        points = []
+        for role in ("teacher", "student", "control"):
+            if role not in self.result or role == "teacher" and not with_teacher:
+                continue
+            for runtime, speed in self._speeds(role).items():
+                quality, of = self._quality(role, runtime)
+                size = {key: self.result[role][key] for key in ("parameters", "weight_bytes")}
+                name = {"name": f"{self.label(role)}, {runtime}", "model": self.label(role), "role": role}
+                points.append({**name, "runtime": runtime, **size, **quality, "quality_measured_in": of, **speed})
+        return points
+
+    def _quality(self, role: str, runtime: str) -> tuple[Figures, str]:
+        """Quality figures of a model in a runtime's precision, and the precision that they were measured in."""
+        own = {key: self.result[role].get(key) for key in ("kl_to_teacher_nats", "top1_agreement")}
+        own |= {key: self.result[role][key] for key in ("perplexity", "word_perplexity", "bits_per_byte", "nll_nats")}
+        of = "the run"
+        if found := self.found.get(f"perplexity-{runtime.split()[-1]}") or self.found["perplexity"]:
+            row = found["models"].get(role, {}).get(self.corpus, {})
+            keys = (*own, "bits_per_byte_interval")
+            own |= {key: row[key] for key in keys if key in row}
+            of = row.get("dtype", of)
+        agreement = (self.found["agreement"] or {"models": {}})["models"].get(role, {})
+        own |= {k: agreement[k] for k in ("kl_to_teacher_nats", "top1_agreement", "overlap") if k in agreement}
+        if role == "teacher":
+            own |= {"kl_to_teacher_nats": 0.0, "top1_agreement": 1.0, "overlap": 1.0}
+        return own, of
+
+    def _speeds(self, role: str) -> dict[str, Figures]:
+        """Speed figures by runtime, in the context nearest to 256 at batch 1. A control runs as its student does."""
+        found = self.found["latency"]
+        if not found:
+            return {"generate": {"tokens_per_second": self.result[role]["decode_tokens_per_second"]}}
+        runtimes = found["models"]["student" if role == "control" else role]["runtimes"]
+        speeds = {}
+        for runtime, row in runtimes.items():
+            alone = [case for case in row["cases"] if case["batch"] == 1]
+            case = min(alone, key=lambda case: abs(case["context"] - 256))
+            keys = ("context", "tokens_per_second", "token_ms_p50", "token_ms_p95", "token_ms_p99", "first_token_ms")
+            more = {key: row.get(key) for key in ("load_seconds", "resident_bytes", "disk_bytes")}
+            more["weight_bytes"] = row["weight_bytes"]
+            kept = {key: case[key] for key in (*keys, "state_bytes", "roofline", "token_ms_p50_range")}
+            speeds[runtime] = {**kept, **more}
+        if role == "control":  # one point is enough: the architecture is the student's
+            first = next(iter(speeds))
+            speeds = {first: speeds[first]}
+        return speeds
+
+    def memory(self, what: str, with_teacher: bool) -> Points:
+        """Lines of one part of `eval.memory`, one a model."""
+        found = self.found["memory"] or {"models": {}}
+        return [
+            {"model": self.label(role), "role": role, **row[what]}
+            for role, row in found["models"].items()
+            if with_teacher or role != "teacher"
+        ]
+
+    def latency_lines(self, with_teacher: bool) -> Points:
+        """Milliseconds a token by context at batch 1, one line a runtime."""
+        found = self.found["latency"] or {"models": {}}
+        return [
+            {
+                "name": f"{self.label(role)}, {runtime}",
+                "role": role,
+                "context": [case["context"] for case in row["cases"] if case["batch"] == 1],
+                "token_ms_p50": [case["token_ms_p50"] for case in row["cases"] if case["batch"] == 1],
+                "left_out": [case["context"] for case in row["left_out"] if case["batch"] == 1],
+            }
+            for role, figures in found["models"].items()
+            if with_teacher or role != "teacher"
+            for runtime, row in figures["runtimes"].items()
+        ]
+
+
+def mark_dominated(points: Points) -> None:
+    """Set `dominated` where another point is at least as fast and as good, and better in one of both."""
+    for point in points:
+        speed, loss = point["tokens_per_second"], point["bits_per_byte"]
+        point["dominated"] = any(
+            other["tokens_per_second"] >= speed
+            and other["bits_per_byte"] <= loss
+            and (other["tokens_per_second"], other["bits_per_byte"]) != (speed, loss)
+            for other in points
+        )
+
+
+def sentence(points: Points) -> str:
+    """What the frontier shows, in words: the best student that is faster than the teacher ever is."""
+    teacher = max((p for p in points if p["role"] == "teacher"), key=lambda p: p["tokens_per_second"])
+    students = [p for p in points if p["role"] == "student"]
+    faster = [p for p in students if p["tokens_per_second"] > teacher["tokens_per_second"]]
+    if not faster:
+        best = max(students, key=lambda p: p["tokens_per_second"])
+        return (
+            f"No student is faster than the teacher: the fastest, {best['name']}, writes "
+            f"{best['tokens_per_second']:,.0f} tokens a second, {teacher['name']} {teacher['tokens_per_second']:,.0f}."
+        )
+    best = min(faster, key=lambda p: (p["bits_per_byte"], -p["tokens_per_second"]))
+    times = best["tokens_per_second"] / teacher["tokens_per_second"]
+    kept = ""
+    if best.get("overlap") is not None:
+        kept = f"keeps {best['overlap']:.0%} of the teacher's probability mass, "
+    elif best.get("top1_agreement") is not None:
+        kept = f"agrees with the teacher on {best['top1_agreement']:.0%} of tokens, "
+    return (
+        f"The {best['parameters'] / 1e6:.0f} M student ({best['name']}) {kept}at {times:.1f} times the speed of the "
+        f"teacher's fastest runtime ({best['tokens_per_second']:,.0f} against {teacher['tokens_per_second']:,.0f} "
+        f"tokens a second, {teacher['runtime']}), and needs {best['bits_per_byte']:.2f} bits a byte where the teacher "
+        f"needs {teacher['bits_per_byte']:.2f}."
+    )

@@ -1,0 +1,177 @@
+"""What a model writes, in figures and samples.
+
+    python -m eval.generate runs/quickstart
+    python -m eval.generate MODEL ... --teacher TEACHER --corpus my.txt --new-tokens 64
+
+Prompts are the first tokens of documents of the corpus; each model continues them by sampling. Reported are
+
+- distinct-n: different n-grams over all n-grams, of all continuations together (Li et al. 2016, arXiv 1510.03055);
+- repetition: the share of a continuation's 4-grams that it has had before (seq-rep-4, Welleck et al. 2019,
+  arXiv 1908.04319), averaged over continuations;
+- the mean length in tokens up to the end of text;
+- the teacher's perplexity of what was written, given the prompt: low for text that the teacher could have written, but
+  lowest for text that says the same thing over and over, so read it beside the repetition.
+
+The text's own continuations are measured as well, as `text`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from distill.config import UserError
+from distill.metrics import Documents, Row, scored
+from distill.teacher import LanguageModel
+from eval.command import (
+    Figures,
+    Subject,
+    add_corpus_options,
+    check_vocabularies,
+    execute,
+    find_teacher,
+    finish,
+    make_parser,
+    make_subjects,
+    make_texts,
+)
+from eval.output import print_table
+
+Ids = list[int]
+
+
+def ngrams(ids: Ids, n: int) -> list[tuple[int, ...]]:
+    return [tuple(ids[at : at + n]) for at in range(len(ids) - n + 1)]
+
+
+def distinct(texts: Sequence[Ids], n: int) -> float | None:
+    """Different n-grams over all n-grams; None where there are none."""
+    counts = Counter(gram for ids in texts for gram in ngrams(ids, n))
+    return len(counts) / counts.total() if counts else None
+
+
+def repetition(texts: Sequence[Ids], n: int = 4) -> float | None:
+    """Mean share of a text's n-grams that it has had before; None where no text has any."""
+    shares = [1 - len(set(grams)) / len(grams) for ids in texts if (grams := ngrams(ids, n))]
+    return sum(shares) / len(shares) if shares else None
+
+
+def teacher_nll(teacher: LanguageModel, prompts: Sequence[Ids], texts: Sequence[Ids], batch: int) -> float | None:
+    """The teacher's mean nats a token of the texts, each given its prompt; None where nothing was written."""
+    pairs = [(prompt, ids) for prompt, ids in zip(prompts, texts, strict=True) if ids]
+    whole = Documents([np.array(prompt + ids) for prompt, ids in pairs], np.zeros(len(pairs)), np.zeros(len(pairs)))
+    rows = [Row(n, 0, len(prompt + ids) - 1, len(prompt), 0) for n, (prompt, ids) in enumerate(pairs)]
+    total = sum(part.nll_N.sum().item() for part in scored(teacher, whole, rows, batch))
+    return total / sum(len(ids) for _, ids in pairs) if pairs else None
+
+
+def write(model: LanguageModel, prompts: Sequence[Ids], options: argparse.Namespace) -> list[Ids]:
+    """Continuations of prompts of one length, without the end of text."""
+    end, rows = prompts[0][0], cast(Any, model.model.get_output_embeddings()).weight.shape[0]
+    padding = list(range(model.vocab_size, rows)) or None  # rows of the head that are no tokens
+    torch.manual_seed(options.seed)
+    prompt_BT = torch.tensor(prompts, device=model.device)
+    with torch.inference_mode():
+        output_BT = cast(Any, model.model).generate(
+            prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=options.new_tokens, do_sample=True,
+            temperature=options.temperature, top_p=options.top_p, top_k=0, eos_token_id=end, pad_token_id=end,
+            suppress_tokens=padding,
+        )  # fmt: skip
+    written = output_BT[:, prompt_BT.shape[1] :].tolist()
+    return [ids[: ids.index(end)] if end in ids else ids for ids in written]
+
+
+def figures_of(teacher: LanguageModel, prompts: Sequence[Ids], texts: Sequence[Ids], batch_tokens: int) -> Figures:
+    """The figures of some continuations."""
+    nll = teacher_nll(teacher, prompts, texts, batch_tokens)
+    return {
+        **{f"distinct_{n}": distinct(texts, n) for n in (1, 2, 3)},
+        "repetition_4": repetition(texts),
+        "mean_length_tokens": sum(map(len, texts)) / len(texts),
+        "teacher_nll_nats": nll,
+        "teacher_perplexity": None if nll is None else math.exp(min(nll, 700.0)),
+        "texts": len(texts),
+    }
+
+
+def measure(options: argparse.Namespace) -> None:
+    text = make_texts(options)[0]
+    subjects = make_subjects(options.models, trust_remote_code=options.trust_remote_code)
+    teacher = find_teacher(options).load(options.dtype)
+    documents = text.documents(teacher)
+    size, room = options.prompt_tokens + 1, teacher.longest_window
+    if size + options.new_tokens > room:
+        raise UserError(
+            f"--new-tokens: prompt and continuation must fit into the {room} tokens that {teacher.name} reads"
+        )
+    chosen = [tokens.tolist() for tokens in documents.tokens if len(tokens) > size][: options.texts]
+    if not chosen:
+        raise UserError(
+            f"corpus {text.label}: expected documents of more than {size - 1} tokens for prompts, found none"
+        )
+    prompts = [ids[:size] for ids in chosen]
+
+    def row(texts: Sequence[Ids]) -> Figures:
+        samples = [
+            {"prompt": teacher.tokenizer.decode(prompt[1:]), "text": teacher.tokenizer.decode(ids)}
+            for prompt, ids in zip(prompts, texts, strict=True)
+        ]
+        return {**figures_of(teacher, prompts, texts, text.evaluation.batch_tokens), "samples": samples[: options.show]}
+
+    own = row([ids[size : size + options.new_tokens] for ids in chosen])
+    figures: dict[Subject, Figures] = {}
+    for subject in subjects:
+        model = teacher if subject.role == "teacher" else subject.load(options.dtype)
+        check_vocabularies(teacher, model)
+        figures[subject] = row(write(model, prompts, options))
+    labelled = {"text": own, **{subject.label: found for subject, found in figures.items()}}
+    print_table(
+        f"{len(prompts)} continuations of {options.prompt_tokens} tokens of {text.label}; temperature "
+        f"{options.temperature}, top-p {options.top_p}, at most {options.new_tokens} tokens",
+        [
+            {
+                "model": label,
+                **{f"distinct-{n}": _number(found[f"distinct_{n}"], 3) for n in (1, 2, 3)},
+                "repetition": _number(found["repetition_4"], 3),
+                "length": _number(found["mean_length_tokens"], 1),
+                "teacher's perplexity": _number(found["teacher_perplexity"], 1),
+            }
+            for label, found in labelled.items()
+        ],
+        "\n".join(
+            f"{label}: {' '.join(sample['prompt'].split())} | {' '.join(sample['text'].split())}"
+            for label, found in labelled.items()
+            for sample in found["samples"][:1]
+        ),
+    )
+    names = ("prompt_tokens", "new_tokens", "temperature", "top_p", "seed")
+    finish(options, figures, {"corpus": text.label, "text": own, **{name: getattr(options, name) for name in names}})
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser("generate", __doc__)
+    add_corpus_options(parser)
+    parser.add_argument("--teacher", metavar="MODEL", help="default: the teacher of the run folders")
+    parser.add_argument("--texts", type=int, default=32, help="continuations of each model")
+    parser.add_argument("--prompt-tokens", type=int, default=16)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--show", type=int, default=4, help="samples kept of each model")
+    return execute(parser, arguments, measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,340 @@
+"""How far back a model remembers, which is the old question about LSTMs (Khandelwal et al. 2018, arXiv 1805.04623).
+
+    python -m eval.memory runs/quickstart
+    python -m eval.memory runs/quickstart --corpus articles.txt --unit file
+
+- Loss by position in the document.
+- Loss by context: the state is reset N tokens before the target. The same targets for every N and every model, so
+  their differences are paired. A window of N + N/8 tokens serves N/8 + 1 neighbouring targets, so "N" means N to 9/8 N;
+  below 8 it is exact. The effective context length is the smallest measured N whose perplexity is at most 1 % above
+  that of the longest one.
+- Recall: "The name of the guard is John." d tokens of the corpus. "The name of the guard is" - does the model pick
+  the right one of its ten candidates? The same for numbers. Chance is 0.1; `gain_nats` is what the mention adds to
+  the log-probability of the right one, against a mention of another.
+- Time constants of an LSTM's units: -1 / mean(ln f) tokens for the forget gate f, the time in which a cell's content
+  falls to 1/e, over the tokens of the corpus; with a picture of their distribution.
+
+Stretches longer than a Transformer allows are left out and marked.
+
+Legend: N tokens of context, M targets, P probes, U units of a layer, B rows, T positions, H LSTM width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from distill.checkpoint import write_atomically
+from distill.config import EvaluationConfig, UserError
+from distill.metrics import Documents, Row, reading_window, rows_of, scored
+from distill.student import LSTMBlock, LSTMForCausalLM
+from distill.teacher import LanguageModel
+from eval.command import Figures, Subject, add_corpus_options, execute, finish, make_parser, make_subjects, make_texts
+from eval.output import print_table
+
+CONTEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+DISTANCES = (0, 8, 32, 128, 512)
+TOLERANCE = math.log(1.01)  # nats: 1 % of perplexity
+QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+RECALL = {  # a cue and what may stand after it
+    "name": ("The name of the guard is", "John Mary Peter Anna Robert Alice George Helen Frank Lucy"),
+    "number": ("The number of the room is", "17 28 34 46 52 63 75 81 90 19"),
+}
+
+
+# ---------------------------------------------------------------- loss by position
+
+
+def by_position(model: LanguageModel, documents: Documents, evaluation: EvaluationConfig) -> list[Figures]:
+    """Mean nats of a token by its place in the document, over places 1, 2, 3-4, 5-8, ..."""
+    window, context = reading_window(model, evaluation)
+    nll_M = torch.zeros(documents.targets, dtype=torch.float64)
+    for part in scored(model, documents, rows_of(documents, window, context), evaluation.batch_tokens):
+        nll_M[part.index_N] = part.nll_N
+    position_M = torch.cat([torch.arange(1, len(tokens)) for tokens in documents.tokens])
+    octave_M = torch.ceil(torch.log2(position_M.double())).long()
+    return [
+        {
+            "from": 1 if octave == 0 else 2 ** (octave - 1) + 1,
+            "to": 2**octave,
+            "nll_nats": nll_M[octave_M == octave].mean().item(),
+            "tokens": int((octave_M == octave).sum()),
+        }
+        for octave in octave_M.unique().tolist()
+    ]
+
+
+# ---------------------------------------------------------------- loss by context
+
+
+def choose_stretches(documents: Documents, longest: int, targets: int, length: int) -> list[tuple[int, int]]:
+    """(document, first target) of up to targets / length stretches of neighbouring targets, spread over the documents.
+
+    Each has at least `longest` tokens before its first target.
+    """
+    stretches = [
+        (number, first)
+        for number, tokens in enumerate(documents.tokens)
+        for first in range(longest, len(tokens) - length + 1, length)
+    ]
+    keep = min(len(stretches), max(1, targets // length))
+    return [stretches[at] for at in np.linspace(0, len(stretches) - 1, keep).round().astype(int)] if stretches else []
+
+
+def by_context(
+    model: LanguageModel, documents: Documents, stretches: Sequence[tuple[int, int]], length: int, N: int, batch: int
+) -> Tensor:
+    """Nats (M,) of every target of the stretches, read from a fresh state N to 9/8 N tokens before it."""
+    width = max(1, min(length, N // 8 + 1))
+    rows, place = [], 0
+    for document, first in stretches:
+        for start in range(0, length, width):
+            stop = min(start + width, length)
+            rows.append(Row(document, first + start - N, first + stop - 1, first + start, place + start))
+        place += length
+    nll_M = torch.empty(place, dtype=torch.float64)
+    for part in scored(model, documents, rows, batch):
+        nll_M[part.index_N] = part.nll_N
+    return nll_M
+
+
+def effective_context(losses: Sequence[Figures]) -> int:
+    """The smallest N from which on no loss is above that of the longest context by more than 1 % of perplexity."""
+    limit = losses[-1]["nll_nats"] + TOLERANCE
+    above = [row["context"] for row in losses if row["nll_nats"] > limit]
+    return next(row["context"] for row in losses if not above or row["context"] > above[-1])
+
+
+def context_figures(
+    model: LanguageModel, documents: Documents, stretches: Sequence[tuple[int, int]], length: int, contexts: list[int],
+    batch: int,
+) -> Figures:  # fmt: skip
+    """Loss for every N that the model can read, and the effective context length."""
+    possible = [N for N in contexts if model.longest_window > N + N // 8]
+    losses = []
+    for N in tqdm(possible, desc=f"{model.name}, contexts", leave=False):
+        nll_M = by_context(model, documents, stretches, length, N, batch)
+        losses.append({"context": N, "nll_nats": nll_M.mean().item()})
+    return {
+        "losses": losses,
+        "targets": len(stretches) * length,
+        "effective_context_tokens": effective_context(losses) if losses else None,
+        "beyond_limit": [N for N in contexts if N not in possible],
+    }
+
+
+# ---------------------------------------------------------------- recall
+
+
+def candidates(model: LanguageModel, words: Sequence[str]) -> tuple[list[int], list[list[int]], list[int]]:
+    """(common beginning, each word's ids, the id that tells it): what stands after a cue, told apart by one token."""
+    ids = [model.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in words]
+    common = len(os.path.commonprefix(ids))
+    by_token = {part[common]: part for part in ids if len(part) > common}
+    return ids[0][:common], list(by_token.values()), list(by_token)
+
+
+def recall(
+    model: LanguageModel, cue: str, words: Sequence[str], filler: np.ndarray, distance: int, probes: int, batch: int
+) -> Figures | None:
+    """Share of probes in which the mentioned word is likeliest of the candidates; None beyond the model's limit."""
+    prefix, mentions, tells = candidates(model, words)
+    if len(tells) < 2:  # a vocabulary that does not have these words
+        return None
+    cue_ids, full_stop = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (cue, "."))
+    rng = np.random.default_rng(distance)
+    sequences = []
+    for probe in range(probes):
+        at = rng.integers(0, max(1, len(filler) - distance))
+        middle = filler[at : at + distance].tolist()
+        sequences.append([*cue_ids, *mentions[probe % len(mentions)], *full_stop, *middle, *cue_ids, *prefix])
+    longest = max(map(len, sequences))
+    if longest + 1 > model.longest_window:
+        return None
+    # The last token is never read: the row's one target stands there.
+    documents = Documents([np.array([*ids, 0]) for ids in sequences], np.zeros(probes), np.zeros(probes))
+    rows = [Row(number, 0, len(ids), len(ids), number) for number, ids in enumerate(sequences)]
+    log_q_Pk = torch.empty(probes, len(tells), dtype=torch.float64)
+    for part in scored(model, documents, rows, batch):
+        log_q_Pk[part.index_N] = part.log_q_NV[:, tells].double().cpu()
+    right_P = torch.arange(probes) % len(tells)
+    mean_k = torch.stack([log_q_Pk[right_P != k, k].mean() for k in range(len(tells))])
+    gain = (log_q_Pk.gather(1, right_P[:, None])[:, 0] - mean_k[right_P]).mean()
+    return {
+        "distance": distance,
+        "accuracy": (log_q_Pk.argmax(1) == right_P).double().mean().item(),
+        "chance": 1 / len(tells),
+        "gain_nats": gain.item(),
+        "probes": probes,
+    }
+
+
+# ---------------------------------------------------------------- time constants
+
+
+def time_constants(model: LanguageModel, documents: Documents, tokens: int) -> list[Tensor]:
+    """-1 / mean(ln f) of every unit, (H,) for each layer, over about so many tokens of the documents."""
+    network = model.model
+    assert isinstance(network, LSTMForCausalLM)
+    blocks = [block for block in network.model.layers if isinstance(block, LSTMBlock)]
+    sums = [torch.zeros(block.lstm.hidden_size, dtype=torch.float64) for block in blocks]
+    seen = 0
+
+    def add(total: Tensor, block: LSTMBlock, inputs_1TH: Tensor, outputs_1TH: Tensor) -> None:
+        H = block.lstm.hidden_size
+        weights = (block.lstm.get_parameter(f"{name}_l0")[H : 2 * H].float() for name in ("weight_ih", "weight_hh"))
+        bias_H = sum(block.lstm.get_parameter(f"{name}_l0")[H : 2 * H].float() for name in ("bias_ih", "bias_hh"))
+        before_1TH = torch.nn.functional.pad(outputs_1TH[:, :-1].float(), (0, 0, 1, 0))  # h of the position before
+        x_HH, h_HH = weights
+        gate_1TH = inputs_1TH.float() @ x_HH.T + before_1TH @ h_HH.T + bias_H
+        total += torch.nn.functional.logsigmoid(gate_1TH).double().sum((0, 1)).cpu()
+
+    def watch(total: Tensor, block: LSTMBlock) -> Any:
+        return block.lstm.register_forward_hook(lambda _, inputs, outputs: add(total, block, inputs[0], outputs[0]))
+
+    hooks = [watch(total, block) for total, block in zip(sums, blocks, strict=True)]
+    try:
+        for ids in documents.tokens:
+            model.hidden(torch.from_numpy(ids[None, : tokens - seen].astype(np.int64)))
+            seen += min(len(ids), tokens - seen)
+            if seen >= tokens:
+                break
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [-seen / total for total in sums]
+
+
+def plot_time_constants(constants: Sequence[Tensor], target: Path) -> None:
+    """A histogram of each layer's time constants on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 1.2 + 1.3 * len(constants)), layout="constrained")
+    axes = figure.subplots(len(constants), 1, sharex=True, squeeze=False)[:, 0]
+    every = torch.cat(list(constants)).numpy()
+    bins = np.geomspace(max(every.min(), 0.1), max(every.max(), 1.0) * 1.01, 40)
+    for layer, (axis, constants_H) in enumerate(zip(axes, constants, strict=True)):
+        axis.hist(constants_H.numpy(), bins=bins, color="#1f5fa8")
+        median = constants_H.median().item()
+        axis.axvline(median, color="#c1622d", linewidth=1.5)
+        axis.annotate(f"median {median:.1f}", (median, 0.85), xycoords=("data", "axes fraction"), color="#c1622d")
+        axis.set_xscale("log")
+        axis.set_ylabel(f"layer {layer + 1}\nunits")
+        for side in ("top", "right"):
+            axis.spines[side].set_visible(False)
+    axes[-1].set_xlabel("time constant of the forget gate (tokens)")
+    write_atomically(target, lambda path: figure.savefig(path, dpi=150, format="png"), field="run folder")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def measure(options: argparse.Namespace) -> None:
+    text = make_texts(options)[0]
+    subjects = make_subjects(options.models, trust_remote_code=options.trust_remote_code)
+    figures: dict[Subject, Figures] = {}
+    contexts = sorted(set(options.contexts))
+    settings: Figures = {"corpus": text.label, **text.settings}
+    stretches: list[tuple[int, int]] = []
+    count = None
+    for subject in subjects:
+        model = subject.load(options.dtype)
+        documents = text.documents(model, count)
+        count = len(documents.tokens)
+        if not figures:
+            contexts, stretches, length = _plan(documents, contexts, options.targets)
+            settings |= {"contexts": contexts, "left_out": sorted(set(options.contexts) - set(contexts))}
+        figures[subject] = _row(subject, model, documents, stretches, length, contexts, options, text.evaluation)
+    first = next(iter(figures.values()))["context"]
+    note = f"contexts beyond {contexts[-1]} tokens: too few targets in this text" if settings["left_out"] else ""
+    rows = []
+    for subject, row in figures.items():
+        losses = {entry["context"]: f"{entry['nll_nats']:.3f}" for entry in row["context"]["losses"]}
+        effective = row["context"]["effective_context_tokens"]
+        rows.append({"loss by context": subject.label} | {str(N): losses.get(N, "limit") for N in contexts})
+        rows[-1]["effective"] = str(effective)
+    print_table(f"{text.label}: nats a token over {first['targets']} targets", rows, note)
+    rows = [
+        {"recall by distance": f"{subject.label}, {kind}"}
+        | {str(d): next((f"{e['accuracy']:.2f}" for e in entries if e["distance"] == d), "–") for d in DISTANCES}
+        for subject, row in figures.items()
+        for kind, entries in row["recall"].items()
+    ]
+    print_table("share of repeated names and numbers recognised among ten", rows)
+    finish(options, figures, settings)
+
+
+def _plan(documents: Documents, wanted: list[int], targets: int) -> tuple[list[int], list[tuple[int, int]], int]:
+    """Contexts for which the text has enough targets, and stretches of these; UserError where it has none at all."""
+    enough = min(targets, 256, max(1, documents.targets // 4))
+    for longest in reversed(wanted):
+        length = min(256, max(8, longest // 8))
+        stretches = choose_stretches(documents, longest, targets, length)
+        if len(stretches) * length >= enough:
+            return wanted[: wanted.index(longest) + 1], stretches, length
+    longest = max(map(len, documents.tokens), default=0) - 1
+    raise UserError(
+        f"corpus: expected documents with {enough} or more targets after {wanted[0]} tokens, found the longest "
+        f"with {longest} tokens; give a text of longer documents with --corpus"
+    )
+
+
+def _row(
+    subject: Subject, model: LanguageModel, documents: Documents, stretches: list[tuple[int, int]], length: int,
+    contexts: list[int], options: argparse.Namespace, evaluation: EvaluationConfig,
+) -> Figures:  # fmt: skip
+    """All that is measured of one model."""
+    filler = np.concatenate([tokens[1:] for tokens in documents.tokens])
+    batch = evaluation.batch_tokens
+    row = {
+        "by_position": by_position(model, documents, evaluation),
+        "context": context_figures(model, documents, stretches, length, contexts, batch),
+        "recall": {
+            kind: [
+                found
+                for distance in DISTANCES
+                if (found := recall(model, cue, words.split(), filler, distance, options.probes, batch))
+            ]
+            for kind, (cue, words) in RECALL.items()
+        },
+    }
+    if isinstance(model.model, LSTMForCausalLM):
+        constants = time_constants(model, documents, options.gate_tokens)
+        row["time_constants"] = [_quantiles(constants_H) for constants_H in constants]
+        for run in subject.runs:
+            plot_time_constants(constants, run / "eval" / f"time_constants_{subject.role}.png")
+    return row
+
+
+def _quantiles(constants_H: Tensor) -> Figures:
+    """Quantiles of a layer's time constants in tokens, and their histogram over octaves."""
+    octave_H = torch.log2(constants_H).floor().long().clamp(-3, 20)
+    octaves = range(int(octave_H.min()), int(octave_H.max()) + 1)
+    return {
+        "quantiles": {str(q): constants_H.quantile(q).item() for q in QUANTILES},
+        "units_by_octave": [{"from": 2.0**o, "units": int((octave_H == o).sum())} for o in octaves],
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = make_parser("memory", __doc__)
+    add_corpus_options(parser)
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, metavar="N", help="tokens before a target")
+    parser.add_argument("--targets", type=int, default=1024, help="targets of the loss by context")
+    parser.add_argument("--probes", type=int, default=20, help="probes of each kind and distance of the recall")
+    parser.add_argument("--gate-tokens", type=int, default=4096, help="tokens over which gates are averaged")
+    return execute(parser, arguments, measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

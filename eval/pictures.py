@@ -1,0 +1,101 @@
+"""The report's charts as PNG files, for a README: the same data as the page draws, on white."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from distill.checkpoint import write_atomically
+from eval.command import Figures
+
+COLOURS = {"teacher": "#6b7280", "student": "#1f5fa8", "control": "#c1622d"}
+DASHES = ("-", "--", ":", "-.")
+MARKS = "oDs^*X"
+
+
+def draw_pictures(report: Figures, folder: Path) -> list[Path]:
+    """Write frontier.png and contexts.png; the paths of those for which there is data."""
+    written = [_write(_frontier(report), folder / "frontier.png")]
+    if report["by_context"] or report["latency_by_context"]:
+        written.append(_write(_contexts(report), folder / "contexts.png"))
+    return written
+
+
+def _frontier(report: Figures) -> Figure:
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axis: Axes = figure.subplots()
+    points = report["points"]
+    runtimes = list(dict.fromkeys(point["runtime"] for point in points))
+    best = sorted((p for p in points if not p["dominated"]), key=lambda p: p["tokens_per_second"])
+    axis.step(
+        [p["tokens_per_second"] for p in best], [p["bits_per_byte"] for p in best],
+        where="post", color="#9aa4ae", linewidth=1, linestyle=":",
+    )  # fmt: skip
+    for point in points:
+        x, y = point["tokens_per_second"], point["bits_per_byte"]
+        axis.scatter(
+            x, y, s=70, color=COLOURS[point["role"]], alpha=0.3 if point["dominated"] else 1, linewidths=0,
+            marker=MARKS[runtimes.index(point["runtime"]) % len(MARKS)],
+        )  # fmt: skip
+        if not point["dominated"]:
+            name = point["runtime"] if point["role"] == "teacher" else point["model"].removesuffix(" student")
+            axis.annotate(name, (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+    handles = [
+        *(axis.scatter([], [], color=colour, label=role) for role, colour in COLOURS.items()),
+        *(axis.scatter([], [], color="#444444", marker=MARKS[n % len(MARKS)], label=r) for n, r in enumerate(runtimes)),
+    ]
+    axis.legend(handles=handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    axis.invert_yaxis()
+    _logarithmic(axis, "x")
+    _finish(axis, "tokens a second (batch 1)", "bits a byte (less is better, so up)")
+    return figure
+
+
+def _contexts(report: Figures) -> Figure:
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    loss, latency = figure.subplots(1, 2)
+    _lines(
+        loss,
+        [(r["role"], r["model"], [p["context"] for p in r["losses"]], [p["nll_nats"] for p in r["losses"]])
+         for r in report["by_context"]],
+    )  # fmt: skip
+    _finish(loss, "tokens of context before the target", "nats a token")
+    _lines(latency, [(r["role"], r["name"], r["context"], r["token_ms_p50"]) for r in report["latency_by_context"]])
+    _logarithmic(latency, "y")
+    _finish(latency, "tokens of context", "milliseconds a token (p50)")
+    return figure
+
+
+def _lines(axis: Axes, lines: list[tuple[str, str, list[float], list[float]]]) -> None:
+    """One colour a role, one dash a model of that role."""
+    seen: dict[str, int] = {}
+    for role, name, x, y in lines:
+        number = seen[role] = seen.get(role, -1) + 1
+        style: dict[str, Any] = {"color": COLOURS[role], "linestyle": DASHES[number % len(DASHES)]}
+        axis.plot(x, y, marker="o", markersize=3, label=name, **style)
+    if lines:
+        axis.legend(frameon=False, fontsize=7)
+    _logarithmic(axis, "x")
+
+
+def _logarithmic(axis: Axes, which: str) -> None:
+    getattr(axis, f"set_{which}scale")("log")
+    getattr(axis, f"{which}axis").set_major_formatter(ScalarFormatter())
+
+
+def _finish(axis: Axes, xlabel: str, ylabel: str) -> None:
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.grid(alpha=0.25)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _write(figure: Figure, target: Path) -> Path:
+    write_atomically(target, lambda path: figure.savefig(path, dpi=150, format="png"), field="--output")
+    return target

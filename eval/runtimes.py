@@ -1,0 +1,183 @@
+"""The ways to run a model that `eval.latency` measures side by side.
+
+A runtime is one line of `RUNTIMES`: a name and a function that opens a model in it, or raises `Unavailable` with the
+reason. What it opens is a `Session`, which reads prompts and then one token of each sequence at a time, greedily; so a
+runtime that does something else inside (a graph, a server, another language) is measured with the same clock.
+
+Legend: B sequences, T prompt tokens, L layers, H LSTM width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from distill.packaged import PREFIX, resolve_package
+from distill.student import LSTMCache, LSTMForCausalLM
+from distill.teacher import LanguageModel, hardware_has_bf16, resolve_model
+from eval.command import Subject
+
+
+class Unavailable(Exception):
+    """A runtime cannot run here; the message says why and what would help."""
+
+
+class Session(Protocol):
+    """A loaded model with the state of some sequences."""
+
+    longest_context: float  # tokens of a sequence, infinite for a recurrent model
+    largest_batch: float
+    vocab_size: int
+    weight_bytes: int  # in memory, embedding included
+    read_bytes: int  # weights that one step reads: all but the embedding, of which it reads B rows
+    disk_bytes: int
+
+    def start(self, ids_BT: np.ndarray) -> np.ndarray:
+        """Forget everything, read prompts, and give the next token of each, (B,). Returns when it is known."""
+        ...
+
+    def step(self, tokens_B: np.ndarray) -> np.ndarray:
+        """Read one token of each sequence and give the next, (B,)."""
+        ...
+
+    def state_bytes(self) -> int:
+        """What the sequences' state takes now."""
+        ...
+
+
+class TorchSession:
+    """Any causal model through its Hugging Face interface, eager; a student's step optionally compiled."""
+
+    largest_batch: float = math.inf
+
+    def __init__(self, subject: Subject, dtype: str, compiled: bool = False) -> None:
+        self.model: LanguageModel = subject.load(dtype)
+        if dtype == "bf16" and not hardware_has_bf16(self.model.device):
+            raise Unavailable("this hardware has no bf16")
+        self.network = cast(Any, self.model.model)
+        self.longest_context, self.vocab_size = self.model.longest_window, self.model.vocab_size
+        self.weight_bytes = self.model.weight_bytes
+        embedding, output = self.network.get_input_embeddings().weight, self.network.get_output_embeddings().weight
+        tied = embedding is output
+        self.read_bytes = self.weight_bytes - (0 if tied else embedding.numel() * embedding.element_size())
+        self.disk_bytes = disk_bytes(subject)
+        self.state: Any = None
+        self.advance: Callable[..., Any] = torch.compile(self._student_step) if compiled else self._any_step
+        self.compiled = compiled
+
+    def start(self, ids_BT: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            ids = torch.from_numpy(ids_BT).to(self.model.device)
+            output = self.network(input_ids=ids, use_cache=True, logits_to_keep=1)
+            self.state = output.past_key_values
+            return self._chosen(output.logits[:, -1])
+
+    def step(self, tokens_B: np.ndarray) -> np.ndarray:
+        with torch.inference_mode():
+            tokens_B1 = torch.from_numpy(tokens_B).to(self.model.device)[:, None]
+            if not self.compiled:
+                return self._any_step(tokens_B1)
+            logits_BV, h_LBH, c_LBH = self.advance(tokens_B1, self.state.h_LBH, self.state.c_LBH)
+            self.state = LSTMCache(h_LBH, c_LBH)
+            return self._chosen(logits_BV)
+
+    def _any_step(self, tokens_B1: Tensor) -> np.ndarray:
+        output = self.network(input_ids=tokens_B1, past_key_values=self.state, use_cache=True, logits_to_keep=1)
+        self.state = output.past_key_values
+        return self._chosen(output.logits[:, -1])
+
+    def _student_step(self, tokens_B1: Tensor, h_LBH: Tensor, c_LBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """A pure function of tensors, which is what compiles."""
+        cache = LSTMCache(h_LBH, c_LBH)
+        logits_BV = self.network(input_ids=tokens_B1, past_key_values=cache).logits[:, -1]
+        assert cache.h_LBH is not None and cache.c_LBH is not None
+        return logits_BV, cache.h_LBH, cache.c_LBH
+
+    def _chosen(self, logits_BV: Tensor) -> np.ndarray:
+        return logits_BV[:, : self.vocab_size].argmax(-1).cpu().numpy()  # .cpu() waits for the device
+
+    def state_bytes(self) -> int:
+        if isinstance(self.state, LSTMCache):
+            tensors = [self.state.h_LBH, self.state.c_LBH]
+        else:
+            tensors = [part for layer in self.state.layers for part in (layer.keys, layer.values)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+class LlamaCppSession:
+    """A GGUF file in llama.cpp, through llama-cpp-python; one sequence at a time."""
+
+    largest_batch: float = 1
+
+    def __init__(self, subject: Subject, threads: int, context: int) -> None:
+        try:
+            from llama_cpp import Llama
+        except ImportError:
+            raise Unavailable("needs an extra: pip install 'potstill[llamacpp]' (builds from source)") from None
+        name = subject.config.model
+        path = Path(resolve_package(name)) if name.startswith(PREFIX) else Path(name).expanduser()
+        if path.suffix != ".gguf":
+            raise Unavailable("the model is no GGUF file")
+        self.llama = Llama(
+            str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False, logits_all=False
+        )
+        about = self.llama.metadata
+        kind = about["general.architecture"]
+        layers, heads, width, kv_heads = (
+            int(about[f"{kind}.{key}"])
+            for key in ("block_count", "attention.head_count", "embedding_length", "attention.head_count_kv")
+        )
+        self.token_bytes = 2 * 2 * layers * kv_heads * (width // heads)  # keys and values in fp16
+        self.longest_context: float = min(context, int(about[f"{kind}.context_length"]))
+        self.vocab_size = self.llama.n_vocab()
+        self.disk_bytes = self.weight_bytes = self.read_bytes = path.stat().st_size
+
+    def start(self, ids_BT: np.ndarray) -> np.ndarray:
+        self.llama.reset()
+        return self.step(ids_BT[0])
+
+    def step(self, tokens_B: np.ndarray) -> np.ndarray:
+        self.llama.eval(tokens_B.tolist())
+        return np.array([self.llama.sample(temp=0.0)])
+
+    def state_bytes(self) -> int:
+        return self.token_bytes * self.llama.n_tokens
+
+
+def disk_bytes(subject: Subject) -> int:
+    """Bytes of the weights' files, 0 where they are not a local folder."""
+    folder = Path(resolve_model(subject.config.model))
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors")) if folder.is_dir() else 0
+
+
+# Opens a model with so many threads, for contexts up to so many tokens.
+Opener = Callable[[Subject, int, int], Session]
+
+RUNTIMES: dict[str, dict[str, Opener]] = {
+    "transformer": {
+        "transformers fp32": lambda subject, threads, context: TorchSession(subject, "fp32"),
+        "transformers bf16": lambda subject, threads, context: TorchSession(subject, "bf16"),
+        "llama.cpp": LlamaCppSession,
+    },
+    "student": {
+        "PyTorch fp32": lambda subject, threads, context: TorchSession(subject, "fp32"),
+        "PyTorch bf16": lambda subject, threads, context: TorchSession(subject, "bf16"),
+        "compiled fp32": lambda subject, threads, context: TorchSession(subject, "fp32", compiled=True),
+    },
+}
+
+
+def runtimes_of(subject: Subject) -> dict[str, Opener]:
+    """The runtimes that a model may run in."""
+    if subject.role == "teacher":
+        return RUNTIMES["transformer"]
+    if subject.role == "student":
+        return RUNTIMES["student"]
+    kind = "student" if isinstance(subject.load().model, LSTMForCausalLM) else "transformer"
+    return RUNTIMES[kind]

@@ -1,0 +1,140 @@
+"""eval.latency against sessions whose time is planted, and its runtimes against generate().
+
+python -m pytest tests/test_latency.py
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import World, run_command
+
+from distill.config import UserError
+from eval.command import Subject, make_subjects
+from eval.latency import SLOW_SECONDS, figures_of, main, measure_sessions, open_sessions
+from eval.runtimes import RUNTIMES, LlamaCppSession, TorchSession, Unavailable
+
+
+class Sleeper:
+    """Takes `prompt_ms` for a prompt's token and `step_ms` for a step, every fifth one three times that."""
+
+    vocab_size, largest_batch, longest_context = 10, 8, 1000.0
+    weight_bytes = read_bytes = disk_bytes = 1_000_000
+
+    def __init__(self, prompt_ms: float, step_ms: float) -> None:
+        self.prompt_ms, self.step_ms, self.steps = prompt_ms, step_ms, 0
+
+    def start(self, ids_BT: np.ndarray) -> np.ndarray:
+        self.steps = 0
+        time.sleep(self.prompt_ms * ids_BT.shape[1] / 1000)
+        return ids_BT[:, -1]
+
+    def step(self, tokens_B: np.ndarray) -> np.ndarray:
+        self.steps += 1
+        time.sleep(self.step_ms * (1 if self.steps % 5 else 3) / 1000)
+        return tokens_B
+
+    def state_bytes(self) -> int:
+        return 500
+
+
+def test_planted_times_are_found() -> None:
+    pairs = [(1, 10), (1, 40), (4, 10)]
+    sessions = {"slow": Sleeper(1.0, 6.0), "fast": Sleeper(0.5, 2.0)}
+    cases, bandwidth = measure_sessions(sessions, pairs, repeats=2, new_tokens=20, longest=30)
+    slow, fast = (figures_of(sessions[name], cases[name], bandwidth) for name in sessions)
+    for found, prompt_ms, step_ms in ((slow, 1.0, 6.0), (fast, 0.5, 2.0)):
+        assert [(case["batch"], case["context"]) for case in found["cases"]] == pairs
+        for case in found["cases"]:
+            assert step_ms < case["token_ms_p50"] < step_ms + 2
+            assert 3 * step_ms < case["token_ms_p95"] < 3 * step_ms + 4, (
+                "a fifth of the steps takes three times as long"
+            )
+            assert prompt_ms * case["context"] < case["first_token_ms"] < prompt_ms * case["context"] + 6
+            assert case["tokens_per_second"] == pytest.approx(1000 * case["batch"] / case["token_ms_p50"])
+            low, high = case["token_ms_p50_range"]
+            assert low <= case["token_ms_p50"] <= high
+            assert (case["repetitions"], case["steps"]) == (2, 40)
+    roofline = 1_000_500 / bandwidth / (slow["cases"][0]["token_ms_p50"] / 1000)
+    assert slow["cases"][0]["roofline"] == pytest.approx(roofline) and "roofline" not in slow["cases"][2]
+    assert 1e9 < bandwidth < 5e12
+
+
+def test_what_cannot_be_measured_is_marked_and_slow_prompts_are_read_once() -> None:
+    session = Sleeper(30.0, 1.0)
+    pairs = [(1, 10), (1, 80), (1, 400), (1, 5000), (16, 10)]
+    cases, bandwidth = measure_sessions({"s": session}, pairs, repeats=2, new_tokens=5, longest=10)
+    found = figures_of(session, cases["s"], bandwidth)
+    assert SLOW_SECONDS < 30 * 80 / 1000
+    assert [(case["context"], case["repetitions"]) for case in found["cases"]] == [(10, 2), (80, 1)]
+    reasons = {(entry["batch"], entry["context"]): entry["reason"] for entry in found["left_out"]}
+    assert reasons[16, 10] == "at most 8 sequence at once"
+    assert reasons[1, 5000] == "beyond its limit of 1000.0 tokens"
+    assert reasons[1, 400] == "reading the prompt would take about 12 s"
+
+
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_session_continues_like_generate(run_folder: Path, role: str) -> None:
+    (subject,) = make_subjects([str(run_folder)], (role,))
+    session = TorchSession(subject, "fp32")
+    prompt_BT = np.array([[0, 5, 6, 7], [0, 9, 8, 11]])
+    tokens = [session.start(prompt_BT)]
+    for _ in range(5):
+        tokens.append(session.step(tokens[-1]))
+    network = session.network
+    ids_BT = torch.from_numpy(prompt_BT)
+    for found_B in tokens:  # without any state: everything read anew
+        logits_BV = network(input_ids=ids_BT, use_cache=False).logits[:, -1, : session.vocab_size]
+        assert found_B.tolist() == logits_BV.argmax(-1).tolist()
+        ids_BT = torch.cat([ids_BT, torch.from_numpy(found_B)[:, None]], dim=1)
+    numbers = {"teacher": 2 * 2 * 24 * 9, "student": 2 * 16}[role]  # layers x (k, v) x width x positions; (h, c) x H
+    assert session.state_bytes() == 2 * 4 * numbers
+    everything = sum(parameter.numel() for parameter in network.parameters())
+    assert session.weight_bytes == 4 * everything
+    assert session.read_bytes == 4 * (everything - network.get_input_embeddings().weight.numel())
+    assert session.disk_bytes > 4 * everything
+    assert session.longest_context == (256 if role == "teacher" else math.inf)
+
+
+def test_the_command_on_a_run(run_folder: Path) -> None:
+    arguments = ("--contexts", "4", "300", "--batches", "1", "2", "--repeats", "1", "--new-tokens", "4")
+    names = ("--runtimes", "transformers fp32", "PyTorch fp32", "llama.cpp")
+    run = run_command(str(run_folder), *arguments, *names, launcher=("-m", "eval.latency"))
+    assert run.returncode == 0, run.stderr
+    result = json.loads((run_folder / "eval" / "latency.json").read_text(encoding="utf-8"))
+    teacher, student = (result["models"][role]["runtimes"] for role in ("teacher", "student"))
+    assert [(c["batch"], c["context"]) for c in student["PyTorch fp32"]["cases"]] == [(1, 4), (1, 300), (2, 4)]
+    assert "limit of 256" in teacher["transformers fp32"]["left_out"][0]["reason"]
+    state = [case["state_bytes"] for case in student["PyTorch fp32"]["cases"]]
+    assert state[0] == state[1] == state[2] / 2, "an LSTM's state does not grow"
+    for row in (teacher["transformers fp32"], student["PyTorch fp32"]):
+        assert row["load_seconds"] > 0 and row["resident_bytes"] > row["resident_bytes_model"] > 0
+    assert list(result["settings"]["not_available"]) == ["teacher: llama.cpp"]
+
+
+def test_unknown_and_missing_runtimes_are_named(
+    run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert main([str(run_folder), "--runtimes", "abacus"]) == 2
+    assert "abacus: expected some of" in capsys.readouterr().err
+
+    def missing(subject: Subject, threads: int, context: int) -> TorchSession:
+        raise Unavailable("needs an extra: pip install 'potstill[abacus]'")
+
+    monkeypatch.setitem(RUNTIMES, "student", {"abacus": missing})
+    options = type("Options", (), {"contexts": [4], "new_tokens": 2, "runtimes": ["abacus"], "threads": 1})
+    with pytest.raises(UserError, match="potstill.abacus"):
+        open_sessions(make_subjects([str(run_folder)], ("student",)), options)  # type: ignore[arg-type]
+
+
+def test_llama_cpp_reads_gguf_files_only(world: World) -> None:
+    pytest.importorskip("llama_cpp", reason="needs the extra llamacpp")
+    (subject,) = make_subjects([str(world.teacher)])
+    with pytest.raises(Unavailable, match="no GGUF"):
+        LlamaCppSession(subject, 1, 64)

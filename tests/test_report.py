@@ -1,0 +1,178 @@
+"""eval.report: the frontier by hand, the files against one another, and the page in a real headless Chromium.
+
+    python -m pytest tests/test_report.py
+
+POTSTILL_SCREENSHOTS=FOLDER keeps the screenshots, to be looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import run_command
+
+from distill.config import UserError
+from eval.gather import gather, mark_dominated, sentence
+from eval.report import main, page, table_rows
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def point(role: str, speed: float, loss: float, **more: Any) -> dict[str, Any]:
+    name = f"{role}, at {speed:.0f}"
+    size = {"parameters": 24e6, "weight_bytes": 1e8, "perplexity": 50.0, "word_perplexity": 90.0}
+    agreement = {"kl_to_teacher_nats": 1.0, "top1_agreement": 0.5, "quality_measured_in": "float32"}
+    return {"name": name, "model": role, "role": role, "runtime": "eager", "tokens_per_second": speed,
+            "bits_per_byte": loss, **size, **agreement, **more}  # fmt: skip
+
+
+def test_dominated_points() -> None:
+    points = [point("a", 10, 1.0), point("b", 20, 1.0), point("c", 20, 2.0), point("d", 30, 3.0), point("e", 30, 3.0)]
+    mark_dominated(points)
+    assert [p["dominated"] for p in points] == [True, False, True, False, False]
+
+
+def test_the_sentence_says_what_the_numbers_say() -> None:
+    points = [point("teacher", 20, 0.9), point("teacher", 100, 0.9), point("student", 90, 1.1)]
+    points += [point("student", 700, 1.5, overlap=0.42), point("student", 900, 1.6, overlap=0.4)]
+    said = sentence(points)
+    for part in ("24 M student", "at 700", "42% of the teacher's probability mass", "7.0 times", "1.50 bits", "0.90"):
+        assert part in said
+    assert "No student is faster" in sentence(points[:3])
+
+
+@pytest.fixture(scope="module")
+def report_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run measured by the commands themselves, at toy sizes, and its report beside a copy of the run."""
+    twin = run_folder.parent / "twin"
+    shutil.copytree(run_folder, twin, dirs_exist_ok=True)
+    runs = [str(run_folder), str(twin)]
+    sizes = {
+        "perplexity": (),
+        "agreement": (),
+        "memory": ("--contexts", "1", "2", "4", "8", "--targets", "64", "--probes", "4"),
+        "generate": ("--texts", "4", "--prompt-tokens", "4", "--new-tokens", "8"),
+        "latency": (
+            *("--contexts", "4", "64", "300", "--batches", "1", "2", "--repeats", "1"),
+            *("--new-tokens", "4", "--runtimes", "transformers fp32", "PyTorch fp32", "PyTorch bf16"),
+        ),
+    }
+    for protocol, arguments in sizes.items():
+        run = run_command(*runs, *arguments, launcher=("-m", f"eval.{protocol}"))
+        assert run.returncode == 0, run.stderr
+    folder = tmp_path_factory.mktemp("report") / "report"
+    run = run_command(*runs, "--output", str(folder), "--measure", launcher=("-m", "eval.report"))
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+def data_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
+
+
+def test_files_agree(report_folder: Path, run_folder: Path) -> None:
+    report, rows = data_of(report_folder), table_rows(data_of(report_folder))
+    names = [point["name"] for point in report["points"]]
+    assert "teacher, transformers fp32" in names and "tiny student, PyTorch fp32" in names
+    assert sum(name.startswith("teacher") for name in names) == 1, "runs of one teacher share it"
+    assert any(name.startswith("twin control") for name in names)
+    lines = (report_folder / "table.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(names) + 2
+    for line, row in zip(lines[2:], rows, strict=True):
+        assert [cell.strip() for cell in line.strip("|").split("|")] == list(row.values())
+    perplexity = json.loads((run_folder / "eval" / "perplexity.json").read_text(encoding="utf-8"))["models"]
+    for found in report["points"]:
+        if found["model"] == "tiny student":
+            assert found["bits_per_byte"] == next(iter(perplexity["student"].values()))["bits_per_byte"]
+    for picture in ("frontier.png", "contexts.png"):
+        assert (report_folder / picture).stat().st_size > 10_000
+    assert report["notes"] == []
+    assert report["latency_by_context"][0]["left_out"] == [300], "beyond the teacher's limit, marked"
+
+
+def test_a_run_without_results_is_named(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="expected a finished run with a result.json"):
+        gather([tmp_path])
+    assert main([str(tmp_path), "--output", str(tmp_path / "report")]) == 2
+    bare = tmp_path / "bare"
+    shutil.copytree(run_folder, bare, ignore=shutil.ignore_patterns("eval"))
+    report = gather([bare])
+    assert [p["runtime"] for p in report["points"]] == ["generate"] * 3, "what the run itself has measured"
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    with pytest.raises(UserError, match=r"potstill\[report\]"):
+        page(report, "title")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    api = pytest.importorskip("playwright.sync_api", reason="needs playwright")
+    with api.sync_playwright() as playwright:
+        if CHROMIUM is None and not Path(playwright.chromium.executable_path).exists():
+            pytest.skip("needs a Chromium: apt-get install chromium, or playwright install chromium")
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()
+
+
+VIEWS: dict[str, dict[str, Any]] = {
+    "light": {"color_scheme": "light", "viewport": {"width": 1200, "height": 900}},
+    "dark": {"color_scheme": "dark", "viewport": {"width": 1200, "height": 900}},
+    "phone": {"color_scheme": "light", "viewport": {"width": 390, "height": 844}, "is_mobile": True},
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_page_in_a_browser(browser: Any, report_folder: Path, view: str) -> None:
+    report = data_of(report_folder)
+    context = browser.new_context(**VIEWS[view], offline=True)
+    tab = context.new_page()
+    problems: list[str] = []
+    tab.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("pageerror", lambda error: problems.append(str(error)))
+    tab.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
+    tab.goto((report_folder / "index.html").as_uri())
+    tab.wait_for_selector("#recall .plot-container")
+    assert tab.inner_text("#sentence") == report["sentence"]
+    # Points as the chart has them, and rows as the table has them, against the JSON.
+    drawn = tab.evaluate(
+        "document.getElementById('frontier').data.filter(t => t.marker && t.x[0] !== null)"
+        ".flatMap(t => t.x.map((x, n) => [x, t.y[n], t.marker.opacity[n]]))"
+    )
+    expected = [[p["tokens_per_second"], p["bits_per_byte"], 0.3 if p["dominated"] else 1] for p in report["points"]]
+    assert sorted(drawn) == sorted(expected)
+    assert tab.locator("#frontier .point").count() == len(expected)
+    cells = tab.evaluate("[...document.querySelectorAll('tbody tr')].map(r => [...r.cells].map(c => c.textContent))")
+    assert cells == [list(row.values()) for row in table_rows(report)]
+    for chart in ("curves", "latency", "context", "recall"):
+        assert tab.locator(f"#{chart} .scatterlayer .trace").count() > 0, chart
+    # No text outside, nothing wider than the window.
+    assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    ink, paper = (tab.evaluate(f"getComputedStyle(document.body).{name}") for name in ("color", "backgroundColor"))
+    brightness = {name: sum(map(int, value[4:-1].split(","))) for name, value in (("ink", ink), ("paper", paper))}
+    assert (brightness["ink"] > brightness["paper"]) == (view == "dark")
+    if view == "light":
+        tab.locator("#frontier .point").first.scroll_into_view_if_needed()
+        tab.locator("#frontier .point").first.hover(force=True)
+        tab.wait_for_selector("#frontier .hovertext")
+        assert "bits a byte" in tab.locator("#frontier .hovertext").first.text_content()
+        tab.mouse.move(0, 0)
+    _keep(tab, view)
+    if view == "dark":
+        tab.emulate_media(media="print", color_scheme="dark")
+        tab.wait_for_timeout(300)
+        assert tab.evaluate("document.getElementById('frontier').layout.font.color") == "#000000", "paper is white"
+        _keep(tab, "print")
+    assert not problems
+    context.close()
+
+
+def _keep(tab: Any, name: str) -> None:
+    if folder := os.environ.get("POTSTILL_SCREENSHOTS"):
+        tab.screenshot(path=f"{folder}/{name}.png", full_page=True)
