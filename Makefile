@@ -31,7 +31,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev distill frontier smoke test check bench-loss bench-train bench-quality docs lock clean FORCE
+.PHONY: help install install-dev distill frontier smoke test check bench-loss bench-train bench-cache bench-ablation bench-quality docs lock clean FORCE
 
 help:  ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +78,12 @@ docs: install  ## rewrite docs/recipe.md and recipes/schema.json from distill/co
 
 bench-train: install .venv-trl/.done  ## speed and memory of a training step: naive, TRL, ours online and cached
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.train $(ARGS)
+
+bench-cache: install  ## cached targets: bytes a token, speed of building, fidelity
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.cache $(ARGS)
+
+bench-ablation: install  ## what each part of the student's initialisation is worth
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.ablation $(ARGS)
 
 bench-quality: install  ## validation loss at equal wall time: ours, control, KL without transplant; up to an hour
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.quality $(ARGS)

@@ -19,40 +19,28 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.report import FOLDER, finish, print_table
+from benchmarks.runs import QUICKSTART, run_recipe
 from distill.checkpoint import write_atomically
 from distill.cli import guarded
-from distill.config import UserError
 from distill.recipe import load_recipe
 from distill.result import Points, first_crossing
 
-ROOT = Path(__file__).resolve().parent.parent
-RUNS = FOLDER / "quality"
 # Longer than the quickstart, all of the text is worth the teacher's time, and is read more than once.
 LONG = ("targets.cache=true", "targets.max_tokens=null", "evaluation.every.minutes=1")
 WAYS = ("ours", "control", "control, sampled", "KL, random weights")
-
-
-def train(name: str, recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The result of a run, taken up where it was if it was stopped, or read if it is complete."""
-    folder = RUNS / name
-    command = [sys.executable, "distill/run.py", recipe, f"run.name={name}", f"run.output_dir={RUNS}", "tracking=none"]
-    if subprocess.run([*command, *overrides], cwd=ROOT).returncode:
-        raise UserError(f"{folder}: the run failed; see above")
-    return json.loads((folder / "result.json").read_text(encoding="utf-8"))
 
 
 def compare(name: str, recipe: str, overrides: Sequence[str], seed: int) -> dict[str, Any]:
     """Curves of all ways with one seed, and what follows."""
     common = [*overrides, f"run.seed={seed}"]
     candidates = next((s.candidates for s in load_recipe(recipe, common).stages if s.candidates), None)
-    ours = train(f"{name}-{seed}-ours", recipe, [*common, "control=true"])
+    ours = run_recipe("quality", f"{name}-{seed}-ours", recipe, [*common, "control=true"])
     minutes = ours["student"]["train_seconds"] / 60
     curves: dict[str, Points] = {"ours": ours["curves"]["student"], "control": ours["curves"]["control"]}
     random = [*common, "control=false", "student.transplant=false", "targets.cache=false", "targets.max_tokens=null"]
@@ -62,7 +50,7 @@ def compare(name: str, recipe: str, overrides: Sequence[str], seed: int) -> dict
     ):
         stage = {"objective": objective, "length": {"minutes": minutes}, "candidates": drawn}
         slug = way.split()[-1] if "sampled" in way else "kl"
-        result = train(f"{name}-{seed}-{slug}", recipe, [*random, f"stages=[{json.dumps(stage)}]"])
+        result = run_recipe("quality", f"{name}-{seed}-{slug}", recipe, [*random, f"stages=[{json.dumps(stage)}]"])
         curves[way] = result["curves"]["student"]
     teacher = ours["teacher"]["nll_nats"]
     best = {way: min(point["nll_nats"] for point in points) for way, points in curves.items()}
@@ -152,7 +140,7 @@ def benchmark(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field of the recipe")
-    parser.add_argument("--recipe", default=str(ROOT / "recipes" / "quickstart.yaml"))
+    parser.add_argument("--recipe", default=QUICKSTART)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--long", type=float, default=8.0, help="minutes of the long one's stages; 0 for none")
     options = parser.parse_intermixed_args(arguments)
