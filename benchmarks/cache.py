@@ -2,8 +2,9 @@
 
     make bench-cache
 
-*Bare* is the teacher's forward pass over the same windows without a head; *head* is the head's matrix product, which the
-sparse encodings need besides; `of bare + head` is their time over the time of building, checksums and files included.
+*Bare* is the teacher's forward pass over the same windows without a head; *head* is the head's matrix product, which
+the sparse encodings need besides; `of bare + head` is their time over the time of building, checksums and files
+included.
 Peak is the fastest of a few large bf16 (fp32 where there is no bf16) matrix products in the same run.
 
 Fidelity: KL from the exact distribution to the one that int8 hidden states give; and the final loss of a student that
@@ -168,13 +169,13 @@ def benchmark(options: argparse.Namespace) -> None:
     ]
     kl = found["hidden"][1]
     difference = losses["sampled"] - losses["dense"] if losses else None
-    print_table(
-        f"Caches of {bench.tokens:,} tokens; width {bench.teacher.width}",
-        table,
-        f"bare forward {bench.tokens / median['bare']:,.0f} tokens/s, {share:.0%} of the peak of {peak / 1e9:,.0f} GFLOP/s; "
-        f"head {bench.tokens / median['head']:,.0f} tokens/s\nint8: KL {kl:.5f} nats"
-        + ("" if difference is None else f"; sampled less dense, final loss: {difference:+.4f} nats"),
+    note = (
+        f"bare forward {bench.tokens / median['bare']:,.0f} tokens/s, {share:.0%} of the peak of {peak / 1e9:,.0f} "
+        f"GFLOP/s; head {bench.tokens / median['head']:,.0f} tokens/s\nint8: KL {kl:.5f} nats"
     )
+    if difference is not None:
+        note += f"; sampled less dense, final loss: {difference:+.4f} nats"
+    print_table(f"Caches of {bench.tokens:,} tokens; width {bench.teacher.width}", table, note)
     finish(
         "cache",
         {
