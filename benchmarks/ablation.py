@@ -23,15 +23,18 @@ from distill.cli import guarded
 from distill.recipe import load_recipe
 
 FROZEN = ("embedding", "head")
+PLAIN = ("student.fit_tokens=0", "student.align_input=false")
 VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # overrides, what is frozen
-    "random": (("student.transplant=false",), ()),
-    "embedding and head of the teacher, trained": (("student.fit_tokens=0",), ()),
-    "the same, frozen": (("student.fit_tokens=0",), FROZEN),
-    "frozen, output projection fitted": ((), FROZEN),
-    "fitted, not tied": (("student.tie_embeddings=false",), FROZEN),
-    "fitted, rank 256": (("student.embedding_size=256",), FROZEN),
-    "fitted, rank 256, not tied": (("student.embedding_size=256", "student.tie_embeddings=false"), FROZEN),
-    "fitted, vocabulary trimmed": (("student.vocabulary_min_count=1",), FROZEN),
+    "random": (("student.transplant=false", "student.align_input=false"), ()),
+    "random, input aligned": (("student.transplant=false",), ()),
+    "embedding and head of the teacher, trained": (PLAIN, ()),
+    "the same, frozen": (PLAIN, FROZEN),
+    "frozen, input aligned": (PLAIN[:1], FROZEN),
+    "frozen, input aligned, output fitted": ((), FROZEN),
+    "all that, not tied": (("student.tie_embeddings=false",), FROZEN),
+    "all that, rank 256": (("student.embedding_size=256",), FROZEN),
+    "all that, rank 256, not tied": (("student.embedding_size=256", "student.tie_embeddings=false"), FROZEN),
+    "all that, vocabulary trimmed": (("student.vocabulary_min_count=1",), FROZEN),
 }
 
 

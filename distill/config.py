@@ -125,6 +125,9 @@ class StudentConfig(Section):
     fit_tokens: Annotated[int, Field(ge=0)] = 8192
     """With `transplant`: fit the output projection to the teacher's hidden states on this many training tokens before
     the first step, by ridge regression on the still random LSTM's outputs. Its time counts as training; 0 for none."""
+    align_input: bool = True
+    """Start the input projection as the embedding's principal axes over the text's tokens, centred and scaled; of the
+    control too."""
     tie_embeddings: bool | None = None
     """One matrix for embedding and head. Default: as in the teacher."""
     input_dropout: Fraction = 0.0

@@ -17,12 +17,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from distill.config import StageConfig
+from distill.config import StageConfig, StudentConfig
 from distill.corpus import BlockBatch
 from distill.geometry import Basis, HiddenMetric, HiddenMoments, MetricSums
 from distill.student import LSTMCache, LSTMForCausalLM
 from distill.teacher import LanguageModel
-from distill.transplant import transplant_low_rank
+from distill.transplant import align_input, transplant_low_rank
 
 States = tuple[int, BlockBatch, Tensor, Tensor]  # micro-batch, its blocks, resets (B, T), teacher's states (N, d)
 BASIS_RIDGE = 0.1  # of the Fisher metric in which a basis loses least
@@ -58,11 +58,13 @@ class Groundwork:
         linear = self.teacher.head.softcap is None
         return Basis.of(mean_d, covariance_dd, self._matrix("fisher" if linear else "identity", BASIS_RIDGE), rank)
 
-    def initialise(self, fit: bool) -> None:
-        """Low-rank embedding and head where the student's are narrow; with `fit` the output projection."""
-        if self.basis is not None:
+    def initialise(self, student: StudentConfig, transplant: bool, occurrences_V: Tensor) -> None:
+        """What the student's random weights are replaced by; with `transplant` by what the teacher knows."""
+        if transplant and self.basis is not None:
             transplant_low_rank(self.student, self.teacher, self.basis)
-        if fit:
+        if student.align_input:
+            align_input(self.student, occurrences_V)
+        if transplant and student.fit_tokens:
             self._fit_output()
 
     def metric(self, stage: StageConfig) -> HiddenMetric | None:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,9 @@ class Training:
         if resumed is None and self.targets is not None:
             self._spend(self.targets.seconds)
             self.progress.teacher_seconds = self.targets.seconds
-        if resumed is None and self.transplant:
+        if resumed is None:
             with self._spending():
-                self.groundwork.initialise(fit=self.recipe.student.fit_tokens > 0)
+                self.groundwork.initialise(self.recipe.student, self.transplant, self.occurrences_V)
         with StopFlag() as stop, logging_redirect_tqdm():
             while not self.progress.done:
                 self._run_stage(self.stages[self.progress.stage], resumed, stop)
@@ -273,11 +274,16 @@ class Training:
         number = self.progress.stage
         return number > 0 and len(self._blocks_of(self.stages[number - 1])) != len(self.blocks)
 
+    @cached_property
+    def occurrences_V(self) -> Tensor:
+        """How often each token stands in the training text."""
+        occurrences = np.bincount(self.all_blocks.tokens, minlength=self.teacher.vocab_size)
+        return torch.from_numpy(occurrences).to(self.accelerator.device)
+
     def _sampler(self, stage: StageConfig) -> CandidateSampler | None:
         if stage.candidates is None:
             return None
-        occurrences = np.bincount(self.all_blocks.tokens, minlength=self.teacher.vocab_size)
-        return CandidateSampler(torch.from_numpy(occurrences).to(self.accelerator.device), stage.candidates)
+        return CandidateSampler(self.occurrences_V, stage.candidates)
 
     def _candidates(self, step: int) -> Candidates | None:
         """Those of a step, the same for all processes and micro-batches."""

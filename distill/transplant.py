@@ -3,12 +3,13 @@
 The head fixes what "similar next words" means and is most of a small model's parameters; copied, the LSTM only has to
 learn to point into the teacher's space.
 
-Legend: V vocabulary, d width of the teacher, r width of the student's embedding and head.
+Legend: V vocabulary, d width of the teacher, r width of the student's embedding and head, H hidden size.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from distill.config import StudentConfig, UserError
 from distill.geometry import Basis
@@ -81,3 +82,25 @@ def transplant_low_rank(student: LSTMForCausalLM, teacher: LanguageModel, basis:
         embedding_Vd = teacher.embedding_Vd.float()
         _, axes_dd = torch.linalg.eigh(embedding_Vd.t() @ embedding_Vd)
         student.model.embed_tokens.weight.copy_(embedding_Vd @ axes_dd.flip(-1)[:, : student.config.embedding_size])
+
+
+@torch.no_grad()
+def align_input(student: LSTMForCausalLM, occurrences_V: Tensor) -> None:
+    """Start the input projection as the embedding's leading principal axes over the text's tokens, of mean variance 1.
+
+    A fresh projection of small numbers leaves the residual stream nearly empty, and the embedding's mean, which all
+    tokens share, takes most of what is left. Where H exceeds r, the other rows are random directions of the same size.
+    """
+    embedding_Vr = student.model.embed_tokens.weight.double()
+    share_V = occurrences_V.double() / occurrences_V.sum()
+    mean_r = share_V @ embedding_Vr
+    centred_Vr = embedding_Vr - mean_r
+    variances_r, axes_rr = torch.linalg.eigh(centred_Vr.t() @ (share_V[:, None] * centred_Vr))
+    projection = student.model.input_projection
+    rows_Hr = projection.weight.double()
+    rows_Hr /= rows_Hr.norm(dim=1, keepdim=True)
+    kept = min(rows_Hr.shape)
+    rows_Hr[:kept] = axes_rr.flip(-1)[:, :kept].t()
+    rows_Hr /= variances_r.flip(-1)[:kept].mean().clamp_min(1e-12).sqrt()
+    projection.weight.copy_(rows_Hr)
+    projection.bias.copy_(-rows_Hr @ mean_r)

@@ -14,7 +14,7 @@ from distill.geometry import Basis, HiddenMoments
 from distill.groundwork import OutputFit
 from distill.student import LSTMConfig, LSTMForCausalLM
 from distill.teacher import load_teacher
-from distill.transplant import build_student, transplant_low_rank
+from distill.transplant import align_input, build_student, transplant_low_rank
 
 CPU = torch.device("cpu")
 
@@ -117,3 +117,23 @@ def test_ranks_command_shows_what_each_rank_loses(world: World) -> None:
     assert rows[0]["kl_nats"]["fisher"] < rows[0]["kl_nats"]["plain"]
     refused = run_command(str(world.recipe), "--ranks", "25", launcher=("-m", "distill.ranks"))
     assert refused.returncode == 2 and "expected 1 to the teacher's width of 24, found [25]" in refused.stderr
+
+
+@pytest.mark.parametrize("hidden_size", [4, 6, 9])
+def test_the_aligned_input_is_centred_and_of_unit_variance(hidden_size: int) -> None:
+    """Over the text's tokens the projected embeddings are uncorrelated, of mean 0 and of variance 1 on average."""
+    torch.manual_seed(0)
+    config = LSTMConfig(vocab_size=30, embedding_size=6, hidden_size=hidden_size, num_layers=1)
+    student = LSTMForCausalLM(config)
+    with torch.no_grad():
+        student.model.embed_tokens.weight.copy_(torch.randn(30, 6) @ torch.randn(6, 6) + 3)
+    occurrences_V = torch.randint(0, 50, (30,))
+    align_input(student, occurrences_V)
+    tokens_N = torch.arange(30).repeat_interleave(occurrences_V)
+    x_NH = student.model.input_projection(student.model.embed_tokens(tokens_N)).detach().double()
+    torch.testing.assert_close(x_NH.mean(0), torch.zeros_like(x_NH[0]), atol=1e-4, rtol=0)
+    kept = min(hidden_size, 6)
+    covariance = torch.cov(x_NH[:, :kept].t(), correction=0)
+    assert covariance.diagonal().mean().item() == pytest.approx(1, rel=1e-4)
+    assert covariance.diagonal().diff().max() < 1e-6, "the leading axis comes first"
+    torch.testing.assert_close(covariance, covariance.diagonal().diag(), atol=1e-4, rtol=0)
