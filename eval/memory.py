@@ -9,8 +9,8 @@
   below 8 it is exact. The effective context length is the smallest measured N whose perplexity is at most 1 % above
   that of the longest one.
 - Recall: "The name of the guard is John." d tokens of the corpus. "The name of the guard is" - does the model pick
-  the right one of its ten candidates? The same for numbers. Chance is 0.1; `gain_nats` is what the mention adds to
-  the log-probability of the right one, against a mention of another.
+  the right one of ten? The same with nine numbers. `gain_nats` is what the mention adds to the log-probability of the
+  right one, against a mention of another.
 - Time constants of an LSTM's units: -1 / mean(ln f) tokens for the forget gate f, the time in which a cell's content
   falls to 1/e, over the tokens of the corpus; with a picture of their distribution.
 
@@ -48,7 +48,7 @@ TOLERANCE = math.log(1.01)  # nats: 1 % of perplexity
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 RECALL = {  # a cue and what may stand after it
     "name": ("The name of the guard is", "John Mary Peter Anna Robert Alice George Helen Frank Lucy"),
-    "number": ("The number of the room is", "17 28 34 46 52 63 75 81 90 19"),
+    "number": ("The number of the room is", "17 28 34 46 52 63 75 81 90"),
 }
 
 
@@ -151,6 +151,7 @@ def recall(
     prefix, mentions, tells = candidates(model, words)
     if len(tells) < 2:  # a vocabulary that does not have these words
         return None
+    probes = -(-probes // len(tells)) * len(tells)  # all words alike often: who always says the same is at chance
     cue_ids, full_stop = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (cue, "."))
     rng = np.random.default_rng(distance)
     sequences = []
@@ -270,7 +271,7 @@ def measure(options: argparse.Namespace) -> None:
         for subject, row in figures.items()
         for kind, entries in row["recall"].items()
     ]
-    print_table("share of repeated names and numbers recognised among ten", rows)
+    print_table("share of repeated names (of ten) and numbers (of nine) recognised", rows)
     finish(options, figures, settings)
 
 
@@ -312,7 +313,7 @@ def _row(
         constants = time_constants(model, documents, options.gate_tokens)
         row["time_constants"] = [_quantiles(constants_H) for constants_H in constants]
         for run in subject.runs:
-            plot_time_constants(constants, run / "eval" / f"time_constants_{subject.role}.png")
+            plot_time_constants(constants, run / "eval" / f"memory_time_constants_{subject.role}.png")
     return row
 
 

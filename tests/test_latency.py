@@ -74,8 +74,8 @@ def test_what_cannot_be_measured_is_marked_and_slow_prompts_are_read_once() -> N
     assert SLOW_SECONDS < 30 * 80 / 1000
     assert [(case["context"], case["repetitions"]) for case in found["cases"]] == [(10, 2), (80, 1)]
     reasons = {(entry["batch"], entry["context"]): entry["reason"] for entry in found["left_out"]}
-    assert reasons[16, 10] == "at most 8 sequence at once"
-    assert reasons[1, 5000] == "beyond its limit of 1000.0 tokens"
+    assert reasons[16, 10] == "reads at most 8 at once"
+    assert reasons[1, 5000] == "beyond its limit of 1,000 tokens"
     assert reasons[1, 400] == "reading the prompt would take about 12 s"
 
 
