@@ -30,10 +30,10 @@ def gather(folders: Sequence[Path]) -> Figures:
     latency = [run.found["latency"] for run in runs]
     times = {found["measured"] for found in latency if found}
     mark_dominated(points)
-    label_points(points, [run.folder.name for run in runs])
     report = {
         "sentence": sentence(points),
         "runs": [run.folder.name for run in runs],
+        "prefix": common_prefix([run.folder.name for run in runs]),
         "corpus": runs[0].corpus,
         "notes": [],
         "points": points,
@@ -209,10 +209,6 @@ def _times(point: dict[str, Any], teacher: dict[str, Any]) -> str:
     return f"{point['tokens_per_second'] / teacher['tokens_per_second']:.1f} times"
 
 
-def label_points(points: Points, runs: Sequence[str]) -> None:
-    """Set `label`, what a chart writes beside a point: a teacher's runtime, else what is a run's own of its name."""
-    common = os.path.commonprefix(list(runs)).rpartition("-")
-    prefix = common[0] + common[1] if len(runs) > 1 else ""
-    for point in points:
-        name = point["model"].removesuffix(" student").removeprefix(prefix)
-        point["label"] = point["runtime"] if point["role"] == "teacher" else name
+def common_prefix(runs: Sequence[str]) -> str:
+    """What the names of several runs have in common up to a dash, so that charts can leave it out."""
+    return "".join(os.path.commonprefix(list(runs)).rpartition("-")[:2]) if len(runs) > 1 else ""

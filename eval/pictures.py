@@ -40,7 +40,8 @@ def _frontier(report: Figures) -> Figure:
         )  # fmt: skip
         if not point["dominated"]:
             # Up and to the right of a point of the frontier, nothing else can be.
-            axis.annotate(point["label"], (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
+            name = point["runtime"] if point["role"] == "teacher" else _short(point["model"], report)
+            axis.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
     handles = [
         *(axis.scatter([], [], color=colour, label=role) for role, colour in COLOURS.items()),
         *(axis.scatter([], [], color="#444444", marker=MARKS[n % len(MARKS)], label=r) for n, r in enumerate(runtimes)),
@@ -55,17 +56,26 @@ def _frontier(report: Figures) -> Figure:
 def _contexts(report: Figures) -> Figure:
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     loss, latency = figure.subplots(1, 2)
-    _lines(
-        loss,
-        [(r["role"], r["model"], [p["context"] for p in r["losses"]], [p["nll_nats"] for p in r["losses"]])
-         for r in report["by_context"]],
-    )  # fmt: skip
+    losses = []
+    for line in report["by_context"]:
+        x, y = ([entry[key] for entry in line["losses"]] for key in ("context", "nll_nats"))
+        losses.append((line["role"], _short(line["model"], report), x, y))
+    times = [
+        (line["role"], _short(line["name"], report), line["context"], line["token_ms_p50"])
+        for line in report["latency_by_context"]
+        if line["role"] == "teacher" or line["fastest"]
+    ]
+    _lines(loss, losses)
     _finish(loss, "tokens of context before the target", "nats a token")
-    timed = [line for line in report["latency_by_context"] if line["role"] == "teacher" or line["fastest"]]
-    _lines(latency, [(line["role"], line["name"], line["context"], line["token_ms_p50"]) for line in timed])
+    _lines(latency, times)
     _logarithmic(latency, "y")
     _finish(latency, "tokens of context", "milliseconds a token (p50)")
     return figure
+
+
+def _short(name: str, report: Figures) -> str:
+    """A model's name without what all of them have in common."""
+    return name.replace(" student", "").removeprefix(report["prefix"])
 
 
 def _lines(axis: Axes, lines: list[tuple[str, str, list[float], list[float]]]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import World, run_command
+from conftest import World, run_eval
 
 from distill.metrics import Documents, build_reference, score
 from distill.teacher import LanguageModel, load_language_model
@@ -108,12 +108,12 @@ def test_the_command_and_its_refusal_of_another_vocabulary(
     world: World, other_weights: Path, other_teacher: Path
 ) -> None:
     arguments = ("--teacher", str(world.teacher), "--corpus", str(world.recipe), "--max-tokens", "300")
-    run = run_command(str(other_weights), *arguments, launcher=("-m", "eval.agreement"))
+    run = run_eval("agreement", str(other_weights), *arguments)
     assert run.returncode == 0, run.stderr
     row = json.loads(run.stdout.splitlines()[-1])["models"][str(other_weights)]
     low, high = row["overlap_interval"]
     assert low < row["overlap"] < high < 1
     assert row["tokens"] <= 300
-    refused = run_command(str(other_teacher), *arguments, launcher=("-m", "eval.agreement"))
+    refused = run_eval("agreement", str(other_teacher), *arguments)
     assert refused.returncode == 2 and "Traceback" not in refused.stderr
     assert "vocabulary of" in refused.stderr and "eval.perplexity" in refused.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import World, run_command
+from conftest import World, run_eval
 
 from distill.config import UserError
 from eval.command import Subject, make_subjects
@@ -105,7 +105,7 @@ def test_a_session_continues_like_generate(run_folder: Path, role: str) -> None:
 def test_the_command_on_a_run(run_folder: Path) -> None:
     arguments = ("--contexts", "4", "300", "--batches", "1", "2", "--repeats", "1", "--new-tokens", "4")
     names = ("--runtimes", "transformers fp32", "PyTorch fp32", "llama.cpp")
-    run = run_command(str(run_folder), *arguments, *names, launcher=("-m", "eval.latency"))
+    run = run_eval("latency", str(run_folder), *arguments, *names)
     assert run.returncode == 0, run.stderr
     result = json.loads((run_folder / "eval" / "latency.json").read_text(encoding="utf-8"))
     teacher, student = (result["models"][role]["runtimes"] for role in ("teacher", "student"))

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_command
+from conftest import run_eval
 
 from distill.config import UserError
-from eval.gather import gather, mark_dominated, sentence
+from eval.command import read_results
+from eval.gather import common_prefix, gather, mark_dominated, sentence
 from eval.report import main, page, table_rows, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -51,6 +52,11 @@ def test_the_sentence_says_what_the_numbers_say() -> None:
     assert "No student is faster" in sentence(points[:3])
 
 
+def test_common_prefix() -> None:
+    assert common_prefix(["frontier-256", "frontier-2048", "frontier-512"]) == "frontier-"
+    assert common_prefix(["quickstart"]) == common_prefix(["tiny", "twin"]) == ""
+
+
 @pytest.fixture(scope="module")
 def report_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run measured by the commands themselves, at toy sizes, and its report beside a copy of the run."""
@@ -67,12 +73,14 @@ def report_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
             *("--new-tokens", "4", "--runtimes", "transformers fp32", "PyTorch fp32", "PyTorch bf16"),
         ),
     }
-    for protocol, arguments in sizes.items():
-        run = run_command(*runs, *arguments, launcher=("-m", f"eval.{protocol}"))
-        assert run.returncode == 0, run.stderr
     folder = tmp_path_factory.mktemp("report") / "report"
-    run = run_command(*runs, "--output", str(folder), "--measure", launcher=("-m", "eval.report"))
-    assert run.returncode == 0, run.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.latency._probed", lambda *_: {"resident_bytes": 2**20, "load_seconds": 0.5})
+        for protocol, arguments in sizes.items():
+            run = run_eval(protocol, *runs, *arguments)
+            assert run.returncode == 0, run.stderr
+        run = run_eval("report", *runs, "--output", str(folder), "--measure")
+        assert run.returncode == 0, run.stderr
     return folder
 
 
@@ -102,10 +110,10 @@ def test_files_agree(report_folder: Path, run_folder: Path) -> None:
     assert len(lines) == len(names) + 2
     for line, row in zip(lines[2:], rows, strict=True):
         assert [cell.strip() for cell in line.strip("|").split("|")] == list(row.values())
-    perplexity = json.loads((run_folder / "eval" / "perplexity.json").read_text(encoding="utf-8"))["models"]
-    for found in report["points"]:
-        if found["model"] == "tiny student":
-            assert found["bits_per_byte"] == next(iter(perplexity["student"].values()))["bits_per_byte"]
+    for file, dtype in (("perplexity", "float32"), ("perplexity-bf16", "bfloat16")):
+        (measured,) = read_results(run_folder, file)["models"]["student"].values()
+        (found,) = (p for p in report["points"] if p["model"] == "tiny student" and p["quality_measured_in"] == dtype)
+        assert found["bits_per_byte"] == measured["bits_per_byte"], "each precision has a quality of its own"
     for picture in ("frontier.png", "contexts.png"):
         assert (report_folder / picture).stat().st_size > 10_000
     assert report["notes"] == ["teacher, transformers fp32: no time at 300 tokens, beyond its limit of 256 tokens."]
