@@ -300,7 +300,7 @@ def _row(
 ) -> Figures:  # fmt: skip
     """What is measured of one model."""
     filler = np.concatenate([tokens[1:] for tokens in documents.tokens])
-    row = {
+    row: Figures = {
         "context": context_figures(model, documents, stretches, batch),
         "recall": {
             kind: [
