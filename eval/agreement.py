@@ -202,6 +202,13 @@ def measure(options: argparse.Namespace) -> None:
         for subject, row in figures.items()
     ]
     print_table(f"agreement with {teacher.name}; {text.label}", rows)
+    for name, title in (("by_frequency", "frequency of the target"), ("by_teacher_entropy", "the teacher's entropy")):
+        bands = [
+            {"model": subject.label}
+            | {f"from {band['from']:g}": f"{band['top1_agreement']:.3f} ({band['share']:.0%})" for band in row[name]}
+            for subject, row in figures.items()
+        ]
+        print_table(f"top-1 by {title} (share of tokens)", bands)
     finish(options, figures, {"teacher": teacher.name, "corpus": text.label, **text.settings})
 
 

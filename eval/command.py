@@ -245,7 +245,9 @@ def finish(options: argparse.Namespace, figures: Mapping[Subject, Figures], sett
     for run in sorted({run for subject in figures for run in subject.runs}):
         models = {subject.role: row for subject, row in figures.items() if run in subject.runs}
         write_json(run / "eval" / f"{options.protocol}.json", {**about, "models": models}, field="run folder")
-        log_evaluation(run, options.protocol, models)
+        samples = [{"model": role, **sample} for role, row in models.items() for sample in row.get("samples", [])]
+        pictures = sorted((run / "eval").glob(f"{options.protocol}_*.png"))
+        log_evaluation(run, options.protocol, models, samples, pictures)
     print_json({**about, "models": {subject.label: row for subject, row in figures.items()}})
 
 

@@ -9,6 +9,7 @@ and the point says so.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,10 @@ Points = list[dict[str, Any]]
 
 
 def gather(folders: Sequence[Path]) -> Figures:
-    """All that is known of the runs; what `report.json` holds. UserError where a run has no results."""
+    """All that is known of the runs; what `report.json` holds. UserError where a run has none, or teachers differ."""
     runs = [_Run(folder) for folder in folders]
+    if len(teachers := {run.result["teacher"]["model"] for run in runs}) > 1:
+        raise UserError(f"expected runs of one teacher, found {', '.join(sorted(teachers))}; report them one by one")
     points = [point for number, run in enumerate(runs) for point in run.points(with_teacher=number == 0)]
     latency = [run.found["latency"] for run in runs]
     times = {found["measured"] for found in latency if found}
@@ -30,6 +33,7 @@ def gather(folders: Sequence[Path]) -> Figures:
     report = {
         "sentence": sentence(points),
         "runs": [run.folder.name for run in runs],
+        "prefix": common_prefix([run.folder.name for run in runs]),
         "corpus": runs[0].corpus,
         "notes": [],
         "points": points,
@@ -42,8 +46,14 @@ def gather(folders: Sequence[Path]) -> Figures:
         "machine": next((found["machine"] for found in latency if found), None),
         "versions": runs[0].result["versions"],
     }
-    if len(times) > 1 or None in latency and times:
+    if len(times) > 1 or (times and None in latency):
         report["notes"].append("Speeds were not all measured in one go: compare them with caution.")
+    if len({run.corpus for run in runs}) > 1:
+        report["notes"].append("Quality was not measured on the same text for all runs: it does not compare.")
+    for line in report["latency_by_context"]:
+        if line["left_out"]:
+            contexts = ", ".join(f"{context:,}" for context in line["left_out"])
+            report["notes"].append(f"{line['name']}: no time at {contexts} tokens, {line['reason']}.")
     return report
 
 
@@ -125,20 +135,28 @@ class _Run:
         ]
 
     def latency_lines(self, with_teacher: bool) -> Points:
-        """Milliseconds a token by context at batch 1, one line a runtime."""
+        """Milliseconds a token by context at batch 1, one line a runtime; `fastest` of its model or not."""
         found = self.found["latency"] or {"models": {}}
-        return [
-            {
-                "name": f"{self.label(role)}, {runtime}",
-                "role": role,
-                "context": [case["context"] for case in row["cases"] if case["batch"] == 1],
-                "token_ms_p50": [case["token_ms_p50"] for case in row["cases"] if case["batch"] == 1],
-                "left_out": [case["context"] for case in row["left_out"] if case["batch"] == 1],
-            }
-            for role, figures in found["models"].items()
-            if with_teacher or role != "teacher"
-            for runtime, row in figures["runtimes"].items()
-        ]
+        lines = []
+        for role, figures in found["models"].items():
+            if role == "teacher" and not with_teacher:
+                continue
+            speeds = self._speeds(role)
+            fastest = max(speeds, key=lambda runtime: speeds[runtime]["tokens_per_second"])
+            for runtime, row in figures["runtimes"].items():
+                alone, left_out = ([c for c in row[key] if c["batch"] == 1] for key in ("cases", "left_out"))
+                lines.append(
+                    {
+                        "name": f"{self.label(role)}, {runtime}",
+                        "role": role,
+                        "fastest": runtime == fastest,
+                        "context": [case["context"] for case in alone],
+                        "token_ms_p50": [case["token_ms_p50"] for case in alone],
+                        "left_out": [case["context"] for case in left_out],
+                        "reason": left_out[0]["reason"] if left_out else None,
+                    }
+                )
+        return lines
 
 
 def mark_dominated(points: Points) -> None:
@@ -154,26 +172,43 @@ def mark_dominated(points: Points) -> None:
 
 
 def sentence(points: Points) -> str:
-    """What the frontier shows, in words: the best student that is faster than the teacher ever is."""
+    """What the frontier shows, in words: of the students that are faster than the teacher ever is, the best model in
+    its fastest runtime, and the fastest of all."""
     teacher = max((p for p in points if p["role"] == "teacher"), key=lambda p: p["tokens_per_second"])
-    students = [p for p in points if p["role"] == "student"]
+    students = sorted((p for p in points if p["role"] == "student"), key=lambda p: p["tokens_per_second"])
     faster = [p for p in students if p["tokens_per_second"] > teacher["tokens_per_second"]]
     if not faster:
-        best = max(students, key=lambda p: p["tokens_per_second"])
         return (
-            f"No student is faster than the teacher: the fastest, {best['name']}, writes "
-            f"{best['tokens_per_second']:,.0f} tokens a second, {teacher['name']} {teacher['tokens_per_second']:,.0f}."
+            f"No student is faster than the teacher: the fastest, {students[-1]['name']}, writes "
+            f"{students[-1]['tokens_per_second']:,.0f} tokens a second, {teacher['name']} "
+            f"{teacher['tokens_per_second']:,.0f}."
         )
-    best = min(faster, key=lambda p: (p["bits_per_byte"], -p["tokens_per_second"]))
-    times = best["tokens_per_second"] / teacher["tokens_per_second"]
+    model = min(faster, key=lambda p: p["bits_per_byte"])["model"]
+    best = [p for p in faster if p["model"] == model][-1]
     kept = ""
     if best.get("overlap") is not None:
-        kept = f"keeps {best['overlap']:.0%} of the teacher's probability mass, "
+        kept = f"keeps {best['overlap']:.0%} of the teacher's probability mass "
     elif best.get("top1_agreement") is not None:
-        kept = f"agrees with the teacher on {best['top1_agreement']:.0%} of tokens, "
-    return (
-        f"The {best['parameters'] / 1e6:.0f} M student ({best['name']}) {kept}at {times:.1f} times the speed of the "
-        f"teacher's fastest runtime ({best['tokens_per_second']:,.0f} against {teacher['tokens_per_second']:,.0f} "
+        kept = f"agrees with the teacher on {best['top1_agreement']:.0%} of tokens "
+    said = (
+        f"The {best['parameters'] / 1e6:.0f} M student ({best['name']}) {kept}at {_times(best, teacher)} the speed of "
+        f"the teacher's fastest runtime ({best['tokens_per_second']:,.0f} against {teacher['tokens_per_second']:,.0f} "
         f"tokens a second, {teacher['runtime']}), and needs {best['bits_per_byte']:.2f} bits a byte where the teacher "
         f"needs {teacher['bits_per_byte']:.2f}."
     )
+    fastest = faster[-1]
+    if fastest is not best:
+        said += (
+            f" The fastest, {fastest['parameters'] / 1e6:.0f} M ({fastest['name']}), reaches "
+            f"{_times(fastest, teacher)} the speed at {fastest['bits_per_byte']:.2f} bits a byte."
+        )
+    return said
+
+
+def _times(point: dict[str, Any], teacher: dict[str, Any]) -> str:
+    return f"{point['tokens_per_second'] / teacher['tokens_per_second']:.1f} times"
+
+
+def common_prefix(runs: Sequence[str]) -> str:
+    """What the names of several runs have in common up to a dash, so that charts can leave it out."""
+    return "".join(os.path.commonprefix(list(runs)).rpartition("-")[:2]) if len(runs) > 1 else ""

@@ -84,9 +84,9 @@ def _reason(session: Session, pair: Pair, new_tokens: int, done: Mapping[Pair, C
     """Why a case cannot be measured; empty if it can."""
     batch, context = pair
     if batch > session.largest_batch:
-        return f"at most {session.largest_batch} sequence at once"
+        return f"reads at most {session.largest_batch:.0f} at once"
     if context + new_tokens > session.longest_context:
-        return f"beyond its limit of {session.longest_context} tokens"
+        return f"beyond its limit of {session.longest_context:,.0f} tokens"
     rates = [case.starts[0] / (b * t) for (b, t), case in done.items() if case.starts]
     expected = batch * context * min(rates) if rates else 0.0
     return f"reading the prompt would take about {expected:.0f} s" if expected > longest else ""
@@ -312,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--new-tokens", type=_positive, default=64, help="tokens decoded in each repetition")
     parser.add_argument("--repeats", type=_positive, default=3)
     parser.add_argument("--threads", type=_positive, default=torch.get_num_threads())
-    parser.add_argument("--longest", type=float, default=30.0, help="seconds that reading a prompt may take")
+    parser.add_argument("--longest", type=float, default=20.0, help="seconds that reading a prompt may take")
     parser.add_argument("--runtimes", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--probe", help=argparse.SUPPRESS)
     parser.add_argument("--role", default="student", help=argparse.SUPPRESS)

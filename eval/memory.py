@@ -9,8 +9,8 @@
   below 8 it is exact. The effective context length is the smallest measured N whose perplexity is at most 1 % above
   that of the longest one.
 - Recall: "The name of the guard is John." d tokens of the corpus. "The name of the guard is" - does the model pick
-  the right one of its ten candidates? The same for numbers. Chance is 0.1; `gain_nats` is what the mention adds to
-  the log-probability of the right one, against a mention of another.
+  the right one of ten? The same with nine numbers. `gain_nats` is what the mention adds to the log-probability of the
+  right one, against a mention of another.
 - Time constants of an LSTM's units: -1 / mean(ln f) tokens for the forget gate f, the time in which a cell's content
   falls to 1/e, over the tokens of the corpus; with a picture of their distribution.
 
@@ -26,6 +26,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ TOLERANCE = math.log(1.01)  # nats: 1 % of perplexity
 QUANTILES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 RECALL = {  # a cue and what may stand after it
     "name": ("The name of the guard is", "John Mary Peter Anna Robert Alice George Helen Frank Lucy"),
-    "number": ("The number of the room is", "17 28 34 46 52 63 75 81 90 19"),
+    "number": ("The number of the room is", "17 28 34 46 52 63 75 81 90"),
 }
 
 
@@ -77,32 +78,53 @@ def by_position(model: LanguageModel, documents: Documents, evaluation: Evaluati
 # ---------------------------------------------------------------- loss by context
 
 
-def choose_stretches(documents: Documents, longest: int, targets: int, length: int) -> list[tuple[int, int]]:
-    """(document, first target) of up to targets / length stretches of neighbouring targets, spread over the documents.
+@dataclass(frozen=True)
+class Stretches:
+    """The targets that are read in all `contexts`: `length` neighbours from each (document, first target) on."""
 
-    Each has at least `longest` tokens before its first target.
+    contexts: list[int]
+    places: list[tuple[int, int]]
+    length: int
+
+    @property
+    def targets(self) -> int:
+        return len(self.places) * self.length
+
+
+def choose_stretches(documents: Documents, contexts: list[int], targets: int) -> Stretches:
+    """About so many targets, spread over the documents, with the longest of the contexts before each.
+
+    Contexts for which the text has too few targets are left out; UserError where none remains.
     """
-    stretches = [
-        (number, first)
-        for number, tokens in enumerate(documents.tokens)
-        for first in range(longest, len(tokens) - length + 1, length)
-    ]
-    keep = min(len(stretches), max(1, targets // length))
-    return [stretches[at] for at in np.linspace(0, len(stretches) - 1, keep).round().astype(int)] if stretches else []
+    enough = min(targets, 256, max(1, documents.targets // 4))
+    for count in range(len(contexts), 0, -1):
+        longest = contexts[count - 1]
+        length = min(256, max(8, longest // 8))
+        places = [
+            (number, first)
+            for number, tokens in enumerate(documents.tokens)
+            for first in range(longest, len(tokens) - length + 1, length)
+        ]
+        keep = min(len(places), max(1, targets // length))
+        if keep * length >= enough:
+            chosen = np.linspace(0, len(places) - 1, keep).round().astype(int)
+            return Stretches(contexts[:count], [places[at] for at in chosen], length)
+    longest = max(map(len, documents.tokens), default=0) - 1
+    raise UserError(
+        f"corpus: expected documents with {enough} or more targets after {contexts[0]} tokens, found the longest "
+        f"with {longest} tokens; give a text of longer documents with --corpus"
+    )
 
 
-def by_context(
-    model: LanguageModel, documents: Documents, stretches: Sequence[tuple[int, int]], length: int, N: int, batch: int
-) -> Tensor:
+def by_context(model: LanguageModel, documents: Documents, stretches: Stretches, N: int, batch: int) -> Tensor:
     """Nats (M,) of every target of the stretches, read from a fresh state N to 9/8 N tokens before it."""
-    width = max(1, min(length, N // 8 + 1))
-    rows, place = [], 0
-    for document, first in stretches:
-        for start in range(0, length, width):
-            stop = min(start + width, length)
-            rows.append(Row(document, first + start - N, first + stop - 1, first + start, place + start))
-        place += length
-    nll_M = torch.empty(place, dtype=torch.float64)
+    length, width = stretches.length, N // 8 + 1
+    rows = [
+        Row(document, first + start - N, first + min(start + width, length) - 1, first + start, number * length + start)
+        for number, (document, first) in enumerate(stretches.places)
+        for start in range(0, length, width)
+    ]
+    nll_M = torch.empty(stretches.targets, dtype=torch.float64)
     for part in scored(model, documents, rows, batch):
         nll_M[part.index_N] = part.nll_N
     return nll_M
@@ -115,21 +137,18 @@ def effective_context(losses: Sequence[Figures]) -> int:
     return next(row["context"] for row in losses if not above or row["context"] > above[-1])
 
 
-def context_figures(
-    model: LanguageModel, documents: Documents, stretches: Sequence[tuple[int, int]], length: int, contexts: list[int],
-    batch: int,
-) -> Figures:  # fmt: skip
+def context_figures(model: LanguageModel, documents: Documents, stretches: Stretches, batch: int) -> Figures:
     """Loss for every N that the model can read, and the effective context length."""
-    possible = [N for N in contexts if model.longest_window > N + N // 8]
+    possible = [N for N in stretches.contexts if model.longest_window > N + N // 8]
     losses = []
     for N in tqdm(possible, desc=f"{model.name}, contexts", leave=False):
-        nll_M = by_context(model, documents, stretches, length, N, batch)
+        nll_M = by_context(model, documents, stretches, N, batch)
         losses.append({"context": N, "nll_nats": nll_M.mean().item()})
     return {
         "losses": losses,
-        "targets": len(stretches) * length,
+        "targets": stretches.targets,
         "effective_context_tokens": effective_context(losses) if losses else None,
-        "beyond_limit": [N for N in contexts if N not in possible],
+        "beyond_limit": [N for N in stretches.contexts if N not in possible],
     }
 
 
@@ -151,6 +170,7 @@ def recall(
     prefix, mentions, tells = candidates(model, words)
     if len(tells) < 2:  # a vocabulary that does not have these words
         return None
+    probes = -(-probes // len(tells)) * len(tells)  # all words alike often: who always says the same is at chance
     cue_ids, full_stop = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (cue, "."))
     rng = np.random.default_rng(distance)
     sequences = []
@@ -243,62 +263,45 @@ def measure(options: argparse.Namespace) -> None:
     text = make_texts(options)[0]
     subjects = make_subjects(options.models, trust_remote_code=options.trust_remote_code)
     figures: dict[Subject, Figures] = {}
-    contexts = sorted(set(options.contexts))
-    settings: Figures = {"corpus": text.label, **text.settings}
-    stretches: list[tuple[int, int]] = []
-    count = None
+    wanted, contexts, count = sorted(set(options.contexts)), list[int](), None
     for subject in subjects:
         model = subject.load(options.dtype)
         documents = text.documents(model, count)
         count = len(documents.tokens)
-        if not figures:
-            contexts, stretches, length = _plan(documents, contexts, options.targets)
-            settings |= {"contexts": contexts, "left_out": sorted(set(options.contexts) - set(contexts))}
-        figures[subject] = _row(subject, model, documents, stretches, length, contexts, options, text.evaluation)
-    first = next(iter(figures.values()))["context"]
-    note = f"contexts beyond {contexts[-1]} tokens: too few targets in this text" if settings["left_out"] else ""
-    rows = []
+        stretches = choose_stretches(documents, wanted, options.targets)  # the same for models of one vocabulary
+        contexts = contexts or stretches.contexts
+        figures[subject] = _row(subject, model, documents, stretches, text.evaluation.batch_tokens, options)
+        figures[subject]["by_position"] = by_position(model, documents, text.evaluation)
+    left_out = [N for N in wanted if N not in contexts]
+    _print(text.label, figures, contexts, f"too few targets for contexts of {left_out} tokens" if left_out else "")
+    finish(options, figures, {"corpus": text.label, **text.settings, "contexts": contexts, "left_out": left_out})
+
+
+def _print(label: str, figures: dict[Subject, Figures], contexts: list[int], note: str) -> None:
+    rows: list[dict[str, str]] = []
     for subject, row in figures.items():
         losses = {entry["context"]: f"{entry['nll_nats']:.3f}" for entry in row["context"]["losses"]}
-        effective = row["context"]["effective_context_tokens"]
         rows.append({"loss by context": subject.label} | {str(N): losses.get(N, "limit") for N in contexts})
-        rows[-1]["effective"] = str(effective)
-    print_table(f"{text.label}: nats a token over {first['targets']} targets", rows, note)
+        rows[-1]["effective"] = str(row["context"]["effective_context_tokens"])
+        rows[-1]["targets"] = str(row["context"]["targets"])
+    print_table(f"{label}: nats a token", rows, note)
     rows = [
         {"recall by distance": f"{subject.label}, {kind}"}
         | {str(d): next((f"{e['accuracy']:.2f}" for e in entries if e["distance"] == d), "–") for d in DISTANCES}
         for subject, row in figures.items()
         for kind, entries in row["recall"].items()
     ]
-    print_table("share of repeated names and numbers recognised among ten", rows)
-    finish(options, figures, settings)
-
-
-def _plan(documents: Documents, wanted: list[int], targets: int) -> tuple[list[int], list[tuple[int, int]], int]:
-    """Contexts for which the text has enough targets, and stretches of these; UserError where it has none at all."""
-    enough = min(targets, 256, max(1, documents.targets // 4))
-    for longest in reversed(wanted):
-        length = min(256, max(8, longest // 8))
-        stretches = choose_stretches(documents, longest, targets, length)
-        if len(stretches) * length >= enough:
-            return wanted[: wanted.index(longest) + 1], stretches, length
-    longest = max(map(len, documents.tokens), default=0) - 1
-    raise UserError(
-        f"corpus: expected documents with {enough} or more targets after {wanted[0]} tokens, found the longest "
-        f"with {longest} tokens; give a text of longer documents with --corpus"
-    )
+    print_table("share of repeated names (of ten) and numbers (of nine) recognised", rows)
 
 
 def _row(
-    subject: Subject, model: LanguageModel, documents: Documents, stretches: list[tuple[int, int]], length: int,
-    contexts: list[int], options: argparse.Namespace, evaluation: EvaluationConfig,
+    subject: Subject, model: LanguageModel, documents: Documents, stretches: Stretches, batch: int,
+    options: argparse.Namespace,
 ) -> Figures:  # fmt: skip
-    """All that is measured of one model."""
+    """What is measured of one model."""
     filler = np.concatenate([tokens[1:] for tokens in documents.tokens])
-    batch = evaluation.batch_tokens
-    row = {
-        "by_position": by_position(model, documents, evaluation),
-        "context": context_figures(model, documents, stretches, length, contexts, batch),
+    row: Figures = {
+        "context": context_figures(model, documents, stretches, batch),
         "recall": {
             kind: [
                 found
@@ -312,7 +315,7 @@ def _row(
         constants = time_constants(model, documents, options.gate_tokens)
         row["time_constants"] = [_quantiles(constants_H) for constants_H in constants]
         for run in subject.runs:
-            plot_time_constants(constants, run / "eval" / f"time_constants_{subject.role}.png")
+            plot_time_constants(constants, run / "eval" / f"memory_time_constants_{subject.role}.png")
     return row
 
 

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
 
 from distill.checkpoint import write_atomically
 from eval.command import Figures
 
 COLOURS = {"teacher": "#6b7280", "student": "#1f5fa8", "control": "#c1622d"}
-DASHES = ("-", "--", ":", "-.")
 MARKS = "oDs^*X"
 
 
@@ -33,7 +30,7 @@ def _frontier(report: Figures) -> Figure:
     best = sorted((p for p in points if not p["dominated"]), key=lambda p: p["tokens_per_second"])
     axis.step(
         [p["tokens_per_second"] for p in best], [p["bits_per_byte"] for p in best],
-        where="post", color="#9aa4ae", linewidth=1, linestyle=":",
+        where="pre", color="#9aa4ae", linewidth=1, linestyle=":",
     )  # fmt: skip
     for point in points:
         x, y = point["tokens_per_second"], point["bits_per_byte"]
@@ -42,8 +39,9 @@ def _frontier(report: Figures) -> Figure:
             marker=MARKS[runtimes.index(point["runtime"]) % len(MARKS)],
         )  # fmt: skip
         if not point["dominated"]:
-            name = point["runtime"] if point["role"] == "teacher" else point["model"].removesuffix(" student")
-            axis.annotate(name, (x, y), xytext=(0, 8), textcoords="offset points", ha="center", fontsize=8)
+            # Up and to the right of a point of the frontier, nothing else can be.
+            name = point["runtime"] if point["role"] == "teacher" else _short(point["model"], report)
+            axis.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
     handles = [
         *(axis.scatter([], [], color=colour, label=role) for role, colour in COLOURS.items()),
         *(axis.scatter([], [], color="#444444", marker=MARKS[n % len(MARKS)], label=r) for n, r in enumerate(runtimes)),
@@ -56,35 +54,44 @@ def _frontier(report: Figures) -> Figure:
 
 
 def _contexts(report: Figures) -> Figure:
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
     loss, latency = figure.subplots(1, 2)
-    _lines(
-        loss,
-        [(r["role"], r["model"], [p["context"] for p in r["losses"]], [p["nll_nats"] for p in r["losses"]])
-         for r in report["by_context"]],
-    )  # fmt: skip
+    losses = []
+    for line in report["by_context"]:
+        x, y = ([entry[key] for entry in line["losses"]] for key in ("context", "nll_nats"))
+        losses.append((line["role"], _short(line["model"], report), x, y))
+    times = [
+        (line["role"], _short(line["name"], report), line["context"], line["token_ms_p50"])
+        for line in report["latency_by_context"]
+        if line["role"] == "teacher" or line["fastest"]
+    ]
+    _lines(loss, losses)
     _finish(loss, "tokens of context before the target", "nats a token")
-    _lines(latency, [(r["role"], r["name"], r["context"], r["token_ms_p50"]) for r in report["latency_by_context"]])
+    _lines(latency, times)
     _logarithmic(latency, "y")
     _finish(latency, "tokens of context", "milliseconds a token (p50)")
     return figure
 
 
+def _short(name: str, report: Figures) -> str:
+    """A model's name without what all of them have in common."""
+    return name.replace(" student", "").removeprefix(report["prefix"])
+
+
 def _lines(axis: Axes, lines: list[tuple[str, str, list[float], list[float]]]) -> None:
-    """One colour a role, one dash a model of that role."""
-    seen: dict[str, int] = {}
-    for role, name, x, y in lines:
-        number = seen[role] = seen.get(role, -1) + 1
-        style: dict[str, Any] = {"color": COLOURS[role], "linestyle": DASHES[number % len(DASHES)]}
-        axis.plot(x, y, marker="o", markersize=3, label=name, **style)
+    """One colour a role; of several models of a role, the later ones are stronger."""
+    for number, (role, name, x, y) in enumerate(lines):
+        same = [n for n, line in enumerate(lines) if line[0] == role]
+        alpha = 1.0 if len(same) == 1 else 0.35 + 0.65 * same.index(number) / (len(same) - 1)
+        axis.plot(x, y, marker="o", markersize=3, label=name, color=COLOURS[role], alpha=alpha)
     if lines:
-        axis.legend(frameon=False, fontsize=7)
+        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(0.0, -0.15), ncols=2)
     _logarithmic(axis, "x")
 
 
 def _logarithmic(axis: Axes, which: str) -> None:
     getattr(axis, f"set_{which}scale")("log")
-    getattr(axis, f"{which}axis").set_major_formatter(ScalarFormatter())
+    getattr(axis, f"{which}axis").set_major_formatter("{x:,g}")
 
 
 def _finish(axis: Axes, xlabel: str, ylabel: str) -> None:

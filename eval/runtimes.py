@@ -124,9 +124,8 @@ class LlamaCppSession:
         path = Path(resolve_package(name)) if name.startswith(PREFIX) else Path(name).expanduser()
         if path.suffix != ".gguf":
             raise Unavailable("the model is no GGUF file")
-        self.llama = Llama(
-            str(path), n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False, logits_all=False
-        )
+        room = context if context <= 4096 else 0  # 0: as much as the model was trained for
+        self.llama = Llama(str(path), n_ctx=room, n_threads=threads, n_threads_batch=threads, verbose=False)
         about = self.llama.metadata
         kind = about["general.architecture"]
         layers, heads, width, kv_heads = (
@@ -134,7 +133,7 @@ class LlamaCppSession:
             for key in ("block_count", "attention.head_count", "embedding_length", "attention.head_count_kv")
         )
         self.token_bytes = 2 * 2 * layers * kv_heads * (width // heads)  # keys and values in fp16
-        self.longest_context: float = min(context, int(about[f"{kind}.context_length"]))
+        self.longest_context: float = min(self.llama.n_ctx(), int(about[f"{kind}.context_length"]))
         self.vocab_size = self.llama.n_vocab()
         self.disk_bytes = self.weight_bytes = self.read_bytes = path.stat().st_size
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import random
@@ -220,6 +223,14 @@ def run_folder(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert run.returncode == 0, run.stderr
     assert "Run folder: out/tiny" in run.stdout
     return folder / "out" / "tiny"
+
+
+def run_eval(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """An evaluation command in this process, as its `main` is called from the command line."""
+    main = importlib.import_module(f"eval.{name}").main
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = main(arguments)
+    return subprocess.CompletedProcess([name, *arguments], code, out.getvalue(), err.getvalue())
 
 
 def result_of(folder: Path) -> dict[str, Any]:

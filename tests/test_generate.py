@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import World, run_command
+from conftest import World, run_eval
 
 from distill.teacher import load_language_model
 from eval.generate import distinct, repetition, teacher_nll, write
@@ -48,12 +48,12 @@ def test_writing_ends_at_the_end_of_text(world: World) -> None:
 def test_the_command(world: World, other_weights: Path) -> None:
     arguments = ("--teacher", str(world.teacher), "--corpus", str(world.recipe), "--new-tokens", "12")
     size = ("--prompt-tokens", "4", "--texts", "6")
-    run = run_command(str(other_weights), *arguments, *size, launcher=("-m", "eval.generate"))
+    run = run_eval("generate", str(other_weights), *arguments, *size)
     assert run.returncode == 0, run.stderr
     result = json.loads(run.stdout.splitlines()[-1])
     row = result["models"][str(other_weights)]
     assert 0 < row["distinct_1"] <= row["distinct_2"] <= 1 and row["texts"] == 6
     assert len(row["samples"]) == 4 and row["samples"][0]["prompt"]
     assert result["settings"]["text"]["mean_length_tokens"] <= 12
-    refused = run_command(str(other_weights), *arguments, "--prompt-tokens", "90", launcher=("-m", "eval.generate"))
+    refused = run_eval("generate", str(other_weights), *arguments, "--prompt-tokens", "90")
     assert refused.returncode == 2 and "documents of more than 90 tokens" in refused.stderr

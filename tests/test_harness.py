@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import run_command
+from conftest import run_eval
 
 from distill.config import CorpusConfig, EvaluationConfig, UserError
 from distill.metrics import Documents, score
@@ -80,7 +80,7 @@ def test_last_word_task_gives_the_loss_of_the_last_words(run_folder: Path, tmp_p
 
 def test_what_the_harness_does_not_know_is_named(run_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs the extra harness")
-    run = run_command(str(run_folder / "student"), "--tasks", "no_such_task", launcher=("-m", "eval.harness"))
+    run = run_eval("harness", str(run_folder / "student"), "--tasks", "no_such_task")
     assert run.returncode == 2 and "knows no no_such_task" in run.stderr
     with pytest.raises(UserError, match="more than 500 words"):
         write_task(text_of(tmp_path, PROSE), tmp_path, words=500, limit=3)

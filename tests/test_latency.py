@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import World, run_command
+from conftest import World, run_eval
 
 from distill.config import UserError
 from eval.command import Subject, make_subjects
@@ -74,8 +74,8 @@ def test_what_cannot_be_measured_is_marked_and_slow_prompts_are_read_once() -> N
     assert SLOW_SECONDS < 30 * 80 / 1000
     assert [(case["context"], case["repetitions"]) for case in found["cases"]] == [(10, 2), (80, 1)]
     reasons = {(entry["batch"], entry["context"]): entry["reason"] for entry in found["left_out"]}
-    assert reasons[16, 10] == "at most 8 sequence at once"
-    assert reasons[1, 5000] == "beyond its limit of 1000.0 tokens"
+    assert reasons[16, 10] == "reads at most 8 at once"
+    assert reasons[1, 5000] == "beyond its limit of 1,000 tokens"
     assert reasons[1, 400] == "reading the prompt would take about 12 s"
 
 
@@ -105,7 +105,7 @@ def test_a_session_continues_like_generate(run_folder: Path, role: str) -> None:
 def test_the_command_on_a_run(run_folder: Path) -> None:
     arguments = ("--contexts", "4", "300", "--batches", "1", "2", "--repeats", "1", "--new-tokens", "4")
     names = ("--runtimes", "transformers fp32", "PyTorch fp32", "llama.cpp")
-    run = run_command(str(run_folder), *arguments, *names, launcher=("-m", "eval.latency"))
+    run = run_eval("latency", str(run_folder), *arguments, *names)
     assert run.returncode == 0, run.stderr
     result = json.loads((run_folder / "eval" / "latency.json").read_text(encoding="utf-8"))
     teacher, student = (result["models"][role]["runtimes"] for role in ("teacher", "student"))

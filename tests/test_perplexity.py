@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import World, run_command
+from conftest import World, run_eval
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distill.config import EvaluationConfig, UserError
@@ -74,7 +74,7 @@ def test_several_corpora_in_one_call_and_one_of_one_token(world: World, tmp_path
     one, two = tmp_path / "one.txt", tmp_path / "two.txt"
     one.write_text("river\n", encoding="utf-8")
     two.write_text("\n\n".join(TEXTS), encoding="utf-8")
-    run = run_command(str(world.teacher), "--corpus", str(one), str(two), launcher=("-m", "eval.perplexity"))
+    run = run_eval("perplexity", str(world.teacher), "--corpus", str(one), str(two))
     rows = printed(run)["models"][str(world.teacher)]
     assert rows["one.txt, all"]["tokens"] == 1
     assert rows["one.txt, all"]["perplexity_interval"] is None
@@ -83,10 +83,8 @@ def test_several_corpora_in_one_call_and_one_of_one_token(world: World, tmp_path
 
 def test_other_vocabularies_read_the_same_bytes(world: World, other_teacher: Path) -> None:
     """Within a limit that means something else to each tokenizer."""
-    run = run_command(
-        str(world.teacher), str(other_teacher), "--corpus", str(world.recipe), "--max-tokens", "60",
-        launcher=("-m", "eval.perplexity"),
-    )  # fmt: skip
+    models = (str(world.teacher), str(other_teacher))
+    run = run_eval("perplexity", *models, "--corpus", str(world.recipe), "--max-tokens", "60")
     ours, theirs = (next(iter(rows.values())) for rows in printed(run)["models"].values())
     assert theirs["tokens"] > 2 * ours["tokens"]
     assert [theirs[key] for key in ("documents", "utf8_bytes", "words")] == [
@@ -107,8 +105,6 @@ def test_what_cannot_be_measured_is_named(world: World, tmp_path: Path, other_te
         read_results(run, "perplexity")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (other_teacher / file).unlink()
-    message = refused(
-        run_command(str(other_teacher), "--corpus", str(world.recipe), launcher=("-m", "eval.perplexity"))
-    )
+    message = refused(run_eval("perplexity", str(other_teacher), "--corpus", str(world.recipe)))
     assert str(other_teacher) in message and "tokenizer" in message
-    assert "--corpus" in refused(run_command(str(world.teacher), launcher=("-m", "eval.perplexity")))
+    assert "--corpus" in refused(run_eval("perplexity", str(world.teacher)))

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import run_command
+from conftest import run_eval
 
 from distill.config import UserError
-from eval.gather import gather, mark_dominated, sentence
-from eval.report import main, page, table_rows
+from eval.command import read_results
+from eval.gather import common_prefix, gather, mark_dominated, sentence
+from eval.report import main, page, table_rows, write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -41,11 +42,19 @@ def test_dominated_points() -> None:
 
 def test_the_sentence_says_what_the_numbers_say() -> None:
     points = [point("teacher", 20, 0.9), point("teacher", 100, 0.9), point("student", 90, 1.1)]
-    points += [point("student", 700, 1.5, overlap=0.42), point("student", 900, 1.6, overlap=0.4)]
+    points += [point("student", 500, 1.5, overlap=0.42), point("student", 700, 1.51, overlap=0.42)]
+    points += [point("student", 900, 1.6, overlap=0.4) | {"model": "small"}]
     said = sentence(points)
-    for part in ("24 M student", "at 700", "42% of the teacher's probability mass", "7.0 times", "1.50 bits", "0.90"):
+    for part in ("24 M student", "at 700", "42% of the teacher's probability mass", "7.0 times", "1.51 bits", "0.90"):
         assert part in said
+    assert said.endswith("The fastest, 24 M (student, at 900), reaches 9.0 times the speed at 1.60 bits a byte.")
+    assert "The fastest" not in sentence(points[:5])
     assert "No student is faster" in sentence(points[:3])
+
+
+def test_common_prefix() -> None:
+    assert common_prefix(["frontier-256", "frontier-2048", "frontier-512"]) == "frontier-"
+    assert common_prefix(["quickstart"]) == common_prefix(["tiny", "twin"]) == ""
 
 
 @pytest.fixture(scope="module")
@@ -64,12 +73,26 @@ def report_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
             *("--new-tokens", "4", "--runtimes", "transformers fp32", "PyTorch fp32", "PyTorch bf16"),
         ),
     }
-    for protocol, arguments in sizes.items():
-        run = run_command(*runs, *arguments, launcher=("-m", f"eval.{protocol}"))
-        assert run.returncode == 0, run.stderr
     folder = tmp_path_factory.mktemp("report") / "report"
-    run = run_command(*runs, "--output", str(folder), "--measure", launcher=("-m", "eval.report"))
-    assert run.returncode == 0, run.stderr
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("eval.latency._probed", lambda *_: {"resident_bytes": 2**20, "load_seconds": 0.5})
+        for protocol, arguments in sizes.items():
+            run = run_eval(protocol, *runs, *arguments)
+            assert run.returncode == 0, run.stderr
+        run = run_eval("report", *runs, "--output", str(folder), "--measure")
+        assert run.returncode == 0, run.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page_folder(report_folder: Path) -> Path:
+    """The same report with recall filled in, for which the toy vocabulary has no words."""
+    report = data_of(report_folder)
+    assert all(line["name"] == line["number"] == [] for line in report["recall"])
+    for line in report["recall"]:
+        line["name"] = [{"distance": distance, "accuracy": 1 / (1 + distance)} for distance in (0, 8, 32)]
+    folder = report_folder.with_name("page")
+    write_report(report, folder, "<Title> & more")
     return folder
 
 
@@ -87,13 +110,13 @@ def test_files_agree(report_folder: Path, run_folder: Path) -> None:
     assert len(lines) == len(names) + 2
     for line, row in zip(lines[2:], rows, strict=True):
         assert [cell.strip() for cell in line.strip("|").split("|")] == list(row.values())
-    perplexity = json.loads((run_folder / "eval" / "perplexity.json").read_text(encoding="utf-8"))["models"]
-    for found in report["points"]:
-        if found["model"] == "tiny student":
-            assert found["bits_per_byte"] == next(iter(perplexity["student"].values()))["bits_per_byte"]
+    for file, dtype in (("perplexity", "float32"), ("perplexity-bf16", "bfloat16")):
+        (measured,) = read_results(run_folder, file)["models"]["student"].values()
+        (found,) = (p for p in report["points"] if p["model"] == "tiny student" and p["quality_measured_in"] == dtype)
+        assert found["bits_per_byte"] == measured["bits_per_byte"], "each precision has a quality of its own"
     for picture in ("frontier.png", "contexts.png"):
         assert (report_folder / picture).stat().st_size > 10_000
-    assert report["notes"] == []
+    assert report["notes"] == ["teacher, transformers fp32: no time at 300 tokens, beyond its limit of 256 tokens."]
     assert report["latency_by_context"][0]["left_out"] == [300], "beyond the teacher's limit, marked"
 
 
@@ -105,6 +128,13 @@ def test_a_run_without_results_is_named(run_folder: Path, tmp_path: Path, monkey
     shutil.copytree(run_folder, bare, ignore=shutil.ignore_patterns("eval"))
     report = gather([bare])
     assert [p["runtime"] for p in report["points"]] == ["generate"] * 3, "what the run itself has measured"
+    other = tmp_path / "other"
+    shutil.copytree(bare, other)
+    result = json.loads((other / "result.json").read_text(encoding="utf-8"))
+    result["teacher"]["model"] = "somebody/else"
+    (other / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    with pytest.raises(UserError, match="runs of one teacher, found .*somebody/else"):
+        gather([bare, other])
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(UserError, match=r"potstill\[report\]"):
         page(report, "title")
@@ -129,16 +159,17 @@ VIEWS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_the_page_in_a_browser(browser: Any, report_folder: Path, view: str) -> None:
-    report = data_of(report_folder)
+def test_the_page_in_a_browser(browser: Any, page_folder: Path, view: str) -> None:
+    report = data_of(page_folder)
     context = browser.new_context(**VIEWS[view], offline=True)
     tab = context.new_page()
     problems: list[str] = []
     tab.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
     tab.on("pageerror", lambda error: problems.append(str(error)))
     tab.on("request", lambda request: problems.append(request.url) if request.url.startswith("http") else None)
-    tab.goto((report_folder / "index.html").as_uri())
-    tab.wait_for_selector("#recall .plot-container")
+    tab.goto((page_folder / "index.html").as_uri())
+    tab.wait_for_selector("#recall .plot-container", timeout=10_000)
+    assert tab.title() == tab.inner_text("h1") == "<Title> & more"
     assert tab.inner_text("#sentence") == report["sentence"]
     # Points as the chart has them, and rows as the table has them, against the JSON.
     drawn = tab.evaluate(
