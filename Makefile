@@ -27,7 +27,8 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev distill smoke test check bench-loss docs lock bench-train clean FORCE
+.PHONY: help install install-dev distill smoke test check bench-loss docs lock bench-train bench-decode \
+	bench-speculative clean FORCE
 
 help:  ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -67,8 +68,14 @@ docs: install  ## rewrite docs/recipe.md and recipes/schema.json from distill/co
 bench-train: install .venv-trl/.done  ## speed and memory of a training step: naive, TRL, ours online and cached
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.train $(ARGS)
 
-clean:  ## remove .venv, .venv-trl, builds and caches; runs/ stays
-	rm -rf .venv .venv-trl build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+bench-decode: install .venv-llama/.done  ## speed of decoding: the student, its teacher in llama.cpp and transformers; after make distill
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.decode $(ARGS)
+
+bench-speculative: install  ## the student drafts for its teacher: speed and acceptance; after make distill
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.speculative $(ARGS)
+
+clean:  ## remove .venv, .venv-trl, .venv-llama, builds and caches; runs/ stays
+	rm -rf .venv .venv-trl .venv-llama build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The steps of the set-up.
@@ -120,6 +127,12 @@ PIP_TRL := .venv-trl/bin/python -m pip --disable-pip-version-check
 	$(PIP_TRL) install -qq -r $<
 	@touch $@
 
+# llama.cpp is built from source for this machine, a few minutes.
+.venv-llama/.done: benchmarks/requirements-llama.txt .venv/.python
+	$(PYTHON) -m venv .venv-llama
+	CMAKE_ARGS=-DGGML_NATIVE=ON .venv-llama/bin/python -m pip --disable-pip-version-check install -qq -r $<
+	@touch $@
+
 # The locks: the closure of pyproject.toml without torch, for every supported Python and platform.
 # Pins stay as they are while they satisfy pyproject.toml; LOCK_ARGS=--upgrade renews them.
 
@@ -128,7 +141,7 @@ COMPILE := build/lock/bin/uv pip compile --quiet --universal --python-version 3.
 	--custom-compile-command 'make lock' --overrides requirements/no-torch.txt --no-emit-package torch
 
 lock: build/lock/.uv  ## rebuild requirements/base.txt and dev.txt; LOCK_ARGS=--upgrade for new versions
-	$(COMPILE) $(LOCK_ARGS) --extra gguf pyproject.toml requirements/base.in -o requirements/base.txt
+	$(COMPILE) $(LOCK_ARGS) --extra gguf --extra onnx pyproject.toml requirements/base.in -o requirements/base.txt
 	build/lock/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")' \
 		| $(COMPILE) $(LOCK_ARGS) --constraints requirements/base.txt - -o requirements/dev.txt
 
