@@ -19,9 +19,7 @@ Legend: B sequences, V tokens (W: rounded up to whole blocks), n blocks of k tok
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -32,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from distill.sampling import Sampler
-from distill.session import open_session, refuse
+from distill.session import open_session, refuse, release_freed_memory
 
 
 def stream(
@@ -72,6 +70,7 @@ class Decoder:
 
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         self.session = open_session(folder / "decoder.onnx", threads)
+        release_freed_memory()
         self.vocab_size = int(self.session.get_modelmeta().custom_metadata_map["vocab_size"])
         self.shapes = {value.name: value.shape for value in (*self.session.get_inputs(), *self.session.get_outputs())}
 
@@ -172,9 +171,14 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # tokenizers raises plain Exception
         refuse(f"{folder}/tokenizer.json: expected the student's tokenizer: {error}")
-    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # parsing its JSON took 15 MiB that are free again
+    release_freed_memory()
     return tokenizer
+
+
+def end_tokens(folder: Path) -> list[int]:
+    """Tokens that end a text. The first is also the separator that every document began with in training."""
+    eos = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("eos_token_id")
+    return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
 
 def load_decoder(folder: Path, threads: int | None = None) -> Decoder:
@@ -222,14 +226,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     sampler = Sampler(options.temperature, options.top_k, options.top_p, options.seed)
     folder = find_student(options.model)
-    tokenizer = load_tokenizer(folder)
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    eos = config.get("eos_token_id")
-    stop = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    tokenizer, stop = load_tokenizer(folder), end_tokens(folder)
     texts = options.prompt or [sys.stdin.read()]
     if len(texts) > 1 and not options.json:
         refuse(f"--prompt: {len(texts)} prompts stream only into --json; give one of them")
-    # A document began with its separator when the student was trained, which is its end-of-text token.
     prompts = [[*stop[:1], *tokenizer.encode(text, add_special_tokens=False).ids] if text else [] for text in texts]
     if options.runtime == "torch":
         from distill.torch_decoder import TorchDecoder

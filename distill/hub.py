@@ -50,14 +50,26 @@ def publish(recipe: Recipe, result: dict[str, Any]) -> str:
     return upload(folder, publishing.repo, publishing.private, publishing.branch, recipe.teacher.model)
 
 
-def stage(recipe: Recipe, result: dict[str, Any], repo: str, license_id: str | None = None) -> Path:
-    """Write RUN/hub, the folder that is uploaded; UserError where the teacher's licence is not known."""
+def stage(
+    recipe: Recipe, result: dict[str, Any], repo: str, license_id: str | None = None, report: Path | None = None
+) -> Path:
+    """Write RUN/hub, the folder that is uploaded; UserError where the teacher's licence is not known.
+
+    `report` is a folder of eval.report, whose table and picture of quality against speed go into the card.
+    """
     license_id = license_id or teacher_license(recipe.teacher.model, recipe.teacher.revision)
     if license_id is None:
         raise UserError(
             f"teacher {recipe.teacher.model}: its licence is not known, and the student carries it. Look it up, then "
             f"python -m distill.hub {recipe.folder} {repo} --license apache-2.0 (or what it is)"
         )
+    pictures = [recipe.folder / "curves.png"]
+    table = None
+    if report is not None:
+        if not (report / "table.md").is_file():
+            raise UserError(f"--report {report}: expected a folder of eval.report with its table.md, found none")
+        table = (report / "table.md").read_text(encoding="utf-8")
+        pictures.append(report / "frontier.png")
     source, target = recipe.folder / "student", recipe.folder / "hub"
     if not (source / "config.json").is_file():
         raise UserError(f"{recipe.folder}: expected a finished run with student/config.json, found none")
@@ -78,9 +90,10 @@ def stage(recipe: Recipe, result: dict[str, Any], repo: str, license_id: str | N
 
     def write(path: Path) -> None:
         shutil.copytree(source, path)
-        if (recipe.folder / "curves.png").is_file():
-            shutil.copy(recipe.folder / "curves.png", path)
-        write_card(recipe, result, path, license_id, repo)
+        for picture in pictures:
+            if picture.is_file():
+                shutil.copy(picture, path)
+        write_card(recipe, result, path, license_id, repo, table)
 
     write_atomically(target, write)
     return target
@@ -184,9 +197,14 @@ def card_data(recipe: Recipe, result: dict[str, Any], license_id: str | None) ->
 
 
 def write_card(
-    recipe: Recipe, result: dict[str, Any], folder: Path, license_id: str | None = None, repo: str | None = None
+    recipe: Recipe,
+    result: dict[str, Any],
+    folder: Path,
+    license_id: str | None = None,
+    repo: str | None = None,
+    trade_off: str | None = None,
 ) -> None:
-    """Write the model card `README.md` into a student's folder."""
+    """Write the model card `README.md` into a student's folder. `trade_off` is a table of quality against speed."""
     place, rows, student = repo or recipe.publishing.repo or "PATH", table_rows(result), result["student"]
     table = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
     config = json.loads((recipe.folder / "student" / "config.json").read_text(encoding="utf-8"))
@@ -210,7 +228,9 @@ def write_card(
         "`ppl` is perplexity per token, `KL` is KL(teacher ‖ model) in nats, `top-1` how often both find the same "
         "token likeliest, `tok/s` greedy decoding at batch 1.",
         *_control(result),
-        *(["![Validation loss](curves.png)"] if (folder / "curves.png").is_file() else []),
+        *_picture(folder, "curves.png", "Validation loss over training"),
+        *(["## Quality against speed", trade_off.strip()] if trade_off else []),
+        *_picture(folder, "frontier.png", "Quality against speed"),
         "## Use",
         load,
         *(["To draft for its teacher:", draft] if _is_hub_id(recipe.teacher.model) else []),
@@ -230,6 +250,10 @@ def write_card(
     ]
     text = "\n\n".join(paragraphs) + "\n"
     write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _picture(folder: Path, name: str, title: str) -> list[str]:
+    return [f"![{title}]({name})"] if (folder / name).is_file() else []
 
 
 def _control(result: dict[str, Any]) -> list[str]:
@@ -266,6 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--private", action="store_true", help="create the repository as a private one")
     parser.add_argument("--branch", help="push to this branch, made if it is not there (default: the main one)")
     parser.add_argument("--license", metavar="ID", help="the teacher's licence, where it cannot be found")
+    parser.add_argument("--report", type=Path, help="a folder of eval.report: its table and picture go into the card")
     parser.add_argument("--dry-run", action="store_true", help="write the folder that would be uploaded, and stop")
     options = parser.parse_args(arguments)
     return guarded(lambda: _run(options))
@@ -282,7 +307,7 @@ def _run(options: argparse.Namespace) -> None:
     run = recipe.run.model_copy(update={"output_dir": place.parent, "name": place.name})
     recipe = recipe.model_copy(update={"run": run})
     result = json.loads(file.read_text(encoding="utf-8"))
-    folder = stage(recipe, result, options.repo, options.license)
+    folder = stage(recipe, result, options.repo, options.license, options.report)
     if options.dry_run:
         print(folder)
         return

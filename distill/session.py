@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
+import platform
+import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +24,12 @@ def sha256(path: Path) -> str:
     """Digest of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def release_freed_memory() -> None:
+    """Give back what glibc keeps of freed memory: parsing a tokenizer or packing weights leaves 15 MiB of it."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def available_cores() -> int:

@@ -1,24 +1,29 @@
 """Speculative decoding: a student drafts, its teacher verifies; the text is the teacher's own, sooner.
 
-    python -m eval.speculative TEACHER STUDENT [--drafts 1 2 4 6] [--prompt "..."] [--new-tokens 100]
+    python -m eval.speculative TEACHER STUDENT [--chains 1 2 4] [--trees 8 16] [--prompt "..."] [--new-tokens 64]
 
-A round: the student continues the text by k tokens, the teacher reads them in one forward pass and keeps the
-longest prefix that it would have written itself, plus one token of its own. Reading k + 1 tokens costs a CPU
-little more than reading one, because the weights are loaded once. Greedily a draft is kept while it is the
-teacher's likeliest token; when sampling, with probability min(1, p / q), and the first refused one is replaced by a
-draw from max(0, p - q), which leaves exactly the teacher's distribution (Leviathan, Kalman and Matias, ICML 2023,
-arXiv 2211.17192).
+A round: the student drafts n tokens that may come next, the teacher reads them in one forward pass, and its own
+choices are followed through the draft for as long as they are found there; the first that is not ends the round.
+Every token is thus chosen by the teacher, greedily or by sampling, from its own distribution: drafting changes the
+speed and nothing else. Reading n + 1 tokens costs a CPU little more than reading one, because weights are loaded once
+(Leviathan, Kalman and Matias, ICML 2023, arXiv 2211.17192).
 
-The student is run by its quantised decoder (0.3 ms a token) or, with `--runtime torch`, by its own forward; its
-state is a few kilobytes, so what was refused is forgotten by putting a copy back. `generate(assistant_model=...)`
-of transformers does the same with more ceremony a token; the table has it beside this loop.
+A draft is a chain of the likeliest tokens or a tree: starting from nothing, the continuation to which the student
+gives the highest probability of all that are open is added, n times. A sure student makes a long chain of it, an
+unsure one a bush (as in SpecInfer, arXiv 2305.09781, and EAGLE-2, arXiv 2406.16858). The teacher reads a tree under
+a mask in which a token sees its ancestors alone.
 
-Legend: V vocabulary, k drafted tokens, T positions that the teacher reads at once.
+The student is run by its quantised decoder on one thread (its spinning pool would take the teacher's cores) or,
+with `--runtime torch`, by its own forward. Its state is a few kilobytes, so each branch keeps its own.
+`generate(assistant_model=...)` of transformers does the same for chains; with `--runtime torch` it is in the table.
+
+Legend: V vocabulary, n drafted tokens, T = n + 1 positions that the teacher reads at once, S positions before them.
 """
 
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
 import sys
 import time
@@ -34,13 +39,13 @@ from transformers import DynamicCache
 
 from distill.command import guarded
 from distill.config import UserError
-from distill.decode import find_student, load_decoder
+from distill.decode import end_tokens, find_student, load_decoder
 from distill.sampling import Sampler
 from distill.session import available_cores
 from distill.teacher import LanguageModel, load_language_model
 from distill.torch_decoder import TorchDecoder
 
-DRAFTS = (1, 2, 3, 4, 6)
+CHAINS, TREES, WIDTH = (1, 2, 4), (4, 8, 12, 16), 8
 PROMPTS = (
     "The history of the city begins in",
     "In 1969, the first",
@@ -58,6 +63,9 @@ class Count:
     drafted: int = 0
     accepted: int = 0
 
+    def __add__(self, other: Count) -> Count:
+        return Count(self.rounds + other.rounds, self.drafted + other.drafted, self.accepted + other.accepted)
+
     @property
     def acceptance_rate(self) -> float:
         """Share of the drafted tokens that were kept."""
@@ -69,69 +77,118 @@ class Count:
         return self.accepted / max(self.rounds, 1)
 
 
+class Draft:
+    """A tree of tokens that may follow the last one written, which is its node 0."""
+
+    def __init__(self, lanes: Any, last: int, size: int, width: int) -> None:
+        """Let the student in `lanes` read the last token, and add `size` nodes of at most `width` children each."""
+        self.tokens, self.parents, self.lanes = [last], [-1], lanes
+        lanes.read([last])
+        self.states = [lanes.state()]
+        self.children: list[dict[int, int]] = [{}]
+        open_ends: list[tuple[float, int, int]] = []  # negative log-probability, parent, token
+
+        def branch(node: int, cost: float) -> None:
+            for token, log_probability in _likeliest(lanes.logits(0), width):
+                heapq.heappush(open_ends, (cost - log_probability, node, token))
+
+        if size:
+            branch(0, 0.0)
+        while len(self.tokens) <= size:
+            cost, parent, token = heapq.heappop(open_ends)
+            node = len(self.tokens)
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.children.append({})
+            self.children[parent][token] = node
+            self.states.append(None)
+            if node < size:  # the last one's children would come too late
+                self.go_to(node)
+                branch(node, cost)
+
+    def go_to(self, node: int) -> None:
+        """Put the student's state behind a node."""
+        if self.states[node] is None:
+            self.lanes.restore(self.states[self.parents[node]])
+            self.lanes.read([self.tokens[node]])
+            self.states[node] = self.lanes.state()
+        else:
+            self.lanes.restore(self.states[node])
+
+    def path_to(self, node: int) -> list[int]:
+        """Nodes from 0 to this one."""
+        path = [node]
+        while path[-1]:
+            path.append(self.parents[path[-1]])
+        return path[::-1]
+
+    def inputs(self, before: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What the teacher reads after `before` positions: ids and, unless the tree is a chain, places and a mask."""
+        inputs = {"input_ids": torch.tensor([self.tokens], device=like.device)}
+        if self.parents == list(range(-1, len(self.parents) - 1)):
+            return inputs
+        paths, T = [self.path_to(node) for node in range(len(self.tokens))], len(self.tokens)
+        seen_TS = torch.zeros(T, before + T, dtype=torch.bool)
+        seen_TS[:, :before] = True
+        for node, path in enumerate(paths):
+            seen_TS[node, [before + ancestor for ancestor in path]] = True
+        mask_11TS = torch.zeros(1, 1, T, before + T, dtype=like.dtype).masked_fill(
+            ~seen_TS, torch.finfo(like.dtype).min
+        )
+        places_1T = torch.tensor([[before + len(path) - 1 for path in paths]])
+        return {**inputs, "attention_mask": mask_11TS.to(like.device), "position_ids": places_1T.to(like.device)}
+
+
+def _likeliest(logits_V: np.ndarray, width: int) -> list[tuple[int, float]]:
+    """The `width` likeliest tokens with their log-probabilities."""
+    highest = logits_V.max()
+    total = float(highest + np.log(np.exp(logits_V - highest).sum()))
+    tokens = [int(logits_V.argmax())] if width == 1 else np.argpartition(logits_V, -width)[-width:].tolist()
+    return [(token, float(logits_V[token]) - total) for token in tokens]
+
+
 @torch.inference_mode()
 def speculate(
-    teacher: Any, drafter: Any, prompt: Sequence[int], new_tokens: int, drafts: int, sampler: Sampler
+    teacher: Any, drafter: Any, prompt: Sequence[int], new_tokens: int, size: int, sampler: Sampler, width: int = 1
 ) -> tuple[list[int], Count]:
-    """`new_tokens` tokens of the teacher after a prompt of ids, drafted `drafts` at a time.
+    """`new_tokens` tokens of the teacher after a prompt of ids, drafted `size` at a time (0: none are).
 
-    `teacher` is a causal model of transformers whose cache can be cropped, `drafter` a Decoder or TorchDecoder. The
-    same sampler draws for both.
+    `teacher` is a causal model of transformers, `drafter` a Decoder or TorchDecoder, `sampler` what chooses from the
+    teacher's logits, `width` the number of continuations considered of each token: 1 drafts chains, more trees.
     """
     cache, lanes, count = DynamicCache(config=teacher.config), drafter.lanes(1), Count()
+    like = next(teacher.parameters())
     *before, last = prompt  # the last token written is read at the beginning of the next round
     if before:
-        teacher(torch.tensor([before], device=teacher.device), past_key_values=cache, logits_to_keep=1)
+        teacher(torch.tensor([before], device=like.device), past_key_values=cache, logits_to_keep=1)
     for token in before:
         lanes.read([token])
     written: list[int] = []
     while len(written) < new_tokens:
-        size = min(drafts, new_tokens - len(written) - 1)
-        proposed: list[int] = []
-        states, logits, reading = [], [], last
-        for _ in range(size):
-            lanes.read([reading])
-            states.append(lanes.state())
-            if not sampler.greedy:
-                logits.append(lanes.logits(0).copy())
-            reading = lanes.choose(0, sampler)
-            proposed.append(reading)
-        input_1T = torch.tensor([[last, *proposed]], device=teacher.device)
-        logits_TV = teacher(input_1T, past_key_values=cache).logits[0, :, : drafter.vocab_size].float().cpu().numpy()
-        kept, bonus = verify(logits_TV, logits, proposed, sampler)
-        cache.crop(kept - size)
-        if kept < size:
-            lanes.restore(states[kept])
-        else:
-            lanes.read([reading])  # the last draft was chosen, not read
-        last = bonus
-        written += [*proposed[:kept], bonus]
-        count.rounds, count.drafted, count.accepted = count.rounds + 1, count.drafted + size, count.accepted + kept
+        draft = Draft(lanes, last, min(size, new_tokens - len(written) - 1), width)
+        seen = cache.get_seq_length()
+        logits_TV = teacher(**draft.inputs(seen, like), past_key_values=cache).logits[0, :, : drafter.vocab_size]
+        logits_TV = logits_TV.float().cpu().numpy()
+        node, last = 0, sampler.choose(logits_TV[0])
+        while last in draft.children[node]:
+            node = draft.children[node][last]
+            last = sampler.choose(logits_TV[node])
+        path = draft.path_to(node)
+        _keep(cache, seen, path)
+        draft.go_to(node)
+        written += [*(draft.tokens[kept] for kept in path[1:]), last]
+        count += Count(1, len(draft.tokens) - 1, len(path) - 1)
     return written, count
 
 
-def verify(
-    teacher_TV: np.ndarray, student: Sequence[np.ndarray], proposed: Sequence[int], sampler: Sampler
-) -> tuple[int, int]:
-    """(drafted tokens kept, the token after them), given the logits of both at each drafted place."""
-    for place, token in enumerate(proposed):
-        if sampler.greedy:
-            choice = sampler.choose(teacher_TV[place])
-            if choice != token:
-                return place, choice
-            continue
-        p_V, q_V = (_probabilities(sampler, logits[place]) for logits in (teacher_TV, student))
-        if sampler.random.random() * q_V[token] >= p_V[token]:
-            rest_V = np.maximum(p_V - q_V, 0)
-            return place, int(sampler.random.choice(len(rest_V), p=rest_V / rest_V.sum()))
-    return len(proposed), sampler.choose(teacher_TV[len(proposed)])
-
-
-def _probabilities(sampler: Sampler, logits_V: np.ndarray) -> np.ndarray:
-    tokens_P, weights_P = sampler.kept(logits_V)
-    probabilities_V = np.zeros(len(logits_V))
-    probabilities_V[slice(None) if tokens_P is None else tokens_P] = weights_P
-    return probabilities_V / probabilities_V.sum()
+def _keep(cache: DynamicCache, before: int, path: Sequence[int]) -> None:
+    """Of the positions read last, leave in the teacher's cache those on the path."""
+    if path == list(range(len(path))):
+        cache.crop(before + len(path) - cache.get_seq_length())
+        return
+    kept = torch.tensor([*range(before), *(before + node for node in path)])
+    for layer in cache.layers:
+        layer.keys, layer.values = (part.index_select(2, kept.to(part.device)) for part in (layer.keys, layer.values))
 
 
 def teacher_alone(teacher: Any, prompt: Sequence[int], new_tokens: int, **options: Any) -> list[int]:
@@ -146,42 +203,46 @@ def teacher_alone(teacher: Any, prompt: Sequence[int], new_tokens: int, **option
 
 
 def measure(
-    teacher: LanguageModel, drafter: Any, prompts: Sequence[Sequence[int]], new_tokens: int, drafts: Sequence[int]
+    teacher: LanguageModel,
+    drafter: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    chains: Sequence[int],
+    trees: Sequence[int],
 ) -> dict[str, dict[str, Any]]:
-    """Rows by name: the teacher alone, then with each draft length. All write the same prompts' greedy continuations,
+    """Rows by name: the teacher alone, then with each kind of draft. All write the same prompts' greedy continuations,
     in turns, so that a busy machine slows all alike."""
 
-    def alone(prompt: Sequence[int]) -> tuple[list[int], Count]:
-        return teacher_alone(teacher.model, prompt, new_tokens), Count()
-
-    def drafted(size: int) -> Callable[[Sequence[int]], tuple[list[int], Count]]:
-        return lambda prompt: speculate(teacher.model, drafter, prompt, new_tokens, size, Sampler(0))
-
-    ways: dict[str, Callable[[Sequence[int]], tuple[list[int], Count]]] = {"teacher alone": alone}
-    ways |= {"teacher alone, this loop": drafted(0)}
-    ways |= {f"drafts of {size}": drafted(size) for size in drafts}
+    ways: dict[str, Callable[[Sequence[int], int], tuple[list[int], Count]]] = {
+        "teacher alone": lambda prompt, tokens: (teacher_alone(teacher.model, prompt, tokens), Count())
+    }
+    named = [("teacher alone, this loop", 0, 1)]
+    named += [(f"chains of {size}", size, 1) for size in chains]
+    named += [(f"trees of {size}", size, WIDTH) for size in trees]
+    for name, size, width in named:
+        ways[name] = lambda prompt, tokens, size=size, width=width: speculate(
+            teacher.model, drafter, prompt, tokens, size, Sampler(0), width
+        )
     if isinstance(drafter, TorchDecoder):
         options = {"assistant_model": drafter.student}
-        ways["generate(assistant_model)"] = lambda prompt: (
-            teacher_alone(teacher.model, prompt, new_tokens, **options),
+        ways["generate(assistant_model)"] = lambda prompt, tokens: (
+            teacher_alone(teacher.model, prompt, tokens, **options),
             Count(),
         )
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     totals = {name: Count() for name in ways}
     same = {name: 0 for name in ways}
     for way in ways.values():
-        way(prompts[0][:2])  # warms up
+        way(prompts[0], 4)  # warms up
     for prompt in prompts:
         expected: list[int] = []
         for name, way in ways.items():
             began = time.perf_counter()
-            written, count = way(prompt)
+            written, count = way(prompt, new_tokens)
             seconds[name].append(time.perf_counter() - began)
             expected = expected or written
             same[name] += _shared(expected, written)
-            total = totals[name]
-            total.rounds, total.drafted = total.rounds + count.rounds, total.drafted + count.drafted
-            total.accepted += count.accepted
+            totals[name] += count
     base = np.array(seconds["teacher alone"])
     return {
         name: {
@@ -207,7 +268,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("teacher", metavar="TEACHER", help="whatever eval.perplexity takes")
     parser.add_argument("student", metavar="STUDENT", help="a student's folder, a run folder, or a hub id")
-    parser.add_argument("--drafts", type=int, nargs="+", default=list(DRAFTS), help="tokens drafted a round")
+    parser.add_argument("--chains", type=int, nargs="*", default=list(CHAINS), help="tokens of a chain, each tried")
+    parser.add_argument("--trees", type=int, nargs="*", default=list(TREES), help="tokens of a tree, each tried")
     parser.add_argument("--prompt", action="append", help="text to continue; several are averaged over")
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of the teacher")
@@ -233,22 +295,24 @@ def _run(options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     """Load both models as the options say, check that they belong together, and measure."""
-    if min(options.drafts) < 1 or options.new_tokens < 1:
-        raise UserError(f"--drafts and --new-tokens must be at least 1, found {options.drafts}, {options.new_tokens}")
+    if min(*options.chains, *options.trees, options.new_tokens, 1) < 1:
+        raise UserError("--chains, --trees and --new-tokens must be at least 1, found less")
     torch.set_num_threads(available_cores())
     teacher = load_language_model(options.teacher, device=torch.device("cpu"), dtype=options.dtype, role="teacher")
     folder = find_student(options.student)
-    drafter: Any = TorchDecoder(folder) if options.runtime == "torch" else load_decoder(folder)
+    drafter: Any = TorchDecoder(folder) if options.runtime == "torch" else load_decoder(folder, threads=1)
     rows = teacher.model.get_output_embeddings().weight.shape[0]  # some are padding
     if not teacher.vocab_size <= drafter.vocab_size <= rows:
         raise UserError(
             f"{options.student} has {drafter.vocab_size} tokens and {options.teacher} {teacher.vocab_size}: a student "
             "drafts for the teacher that it was distilled from, with the same tokenizer"
         )
-    ids = [teacher.tokenizer(text, add_special_tokens=False)["input_ids"] for text in options.prompt or PROMPTS]
-    if not all(ids):
+    texts = options.prompt or PROMPTS
+    if not all(texts):
         raise UserError("--prompt: expected at least one token, found none; give some text")
-    return measure(teacher, drafter, ids, options.new_tokens, options.drafts)
+    start = end_tokens(folder)[:1]  # as documents began when the student was distilled
+    prompts = [[*start, *teacher.tokenizer(text, add_special_tokens=False)["input_ids"]] for text in texts]
+    return measure(teacher, drafter, prompts, options.new_tokens, options.chains, options.trees)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ python -m distill.export "$run" --to onnx --verify
 python examples/onnx_text.py "$run/student" "$prompt"
 
 # Draft for the teacher: the teacher's own text, sooner.
-python -m eval.speculative "$teacher" "$run" --drafts 2 4 --new-tokens 32 --prompt "$prompt"
+python -m eval.speculative "$teacher" "$run" --chains 2 --trees 8 --new-tokens 32 --prompt "$prompt"
 
 # Publish, or look at the folder that would be.
 if [ -n "$repo" ]; then

@@ -16,10 +16,10 @@ import pytest
 import torch
 from conftest import World, result_of, run_command
 from hub_server import Fault, Hub
-from huggingface_hub import ModelCard
-from test_bad_input import refused
+from huggingface_hub import ModelCard, constants
 
-from distill.hub import _retried, main, teacher_license
+from distill.config import UserError
+from distill.hub import _retried, main, teacher_license, upload
 from distill.student import LSTMForCausalLM
 
 
@@ -38,9 +38,24 @@ def hub() -> Iterator[Hub]:
         yield running
 
 
-def publish(hub: Hub, run: Path, home: Path, *words: str, repo: str = "me/tiny", token: str | None = "token-of-me"):
-    options = (str(run), repo, "--license", "apache-2.0", *words)
-    return run_command(*options, launcher=("-m", "distill.hub"), **hub.environment(home, token))
+@pytest.fixture
+def here(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """The hub, and this very process as its client. No pauses before trying again."""
+    for name, value in {"ENDPOINT": hub.address, "HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", "token-of-me")
+    monkeypatch.setattr("distill.hub.PAUSES", (0.0, 0.0, 0.0))
+    return hub
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A small folder to upload."""
+    path = tmp_path / "student"
+    path.mkdir()
+    (path / "model.safetensors").write_bytes(bytes(range(256)) * 400)
+    (path / "README.md").write_text("# x\n", encoding="utf-8")
+    return path
 
 
 STRANGER = """
@@ -67,10 +82,12 @@ print(model.generate(ids, max_new_tokens=5, do_sample=False)[0].tolist())
 
 
 def test_published_and_loaded_by_a_stranger(hub: Hub, run_folder: Path, tmp_path: Path) -> None:
-    first = publish(hub, run_folder, tmp_path / "home")
-    assert first.returncode == 0, first.stderr
-    assert "token-of-me" not in first.stdout + first.stderr
-    files = hub.files("me/tiny")
+    options = (str(run_folder), "me/tiny", "--license", "apache-2.0", "--branch", "dev")
+    run = run_command(*options, launcher=("-m", "distill.hub"), **hub.environment(tmp_path / "home"))
+    assert run.returncode == 0, run.stderr
+    assert "token-of-me" not in run.stdout + run.stderr
+    files = hub.files("me/tiny", "dev")
+    assert not hub.files("me/tiny"), "the branch, not the main one"
     assert {
         "config.json",
         "model.safetensors",
@@ -81,38 +98,33 @@ def test_published_and_loaded_by_a_stranger(hub: Hub, run_folder: Path, tmp_path
     assert {"README.md", "curves.png"} <= files.keys()
     assert files["model.safetensors"] == (run_folder / "student" / "model.safetensors").read_bytes()
     assert not any(b"token-of-me" in data for data in files.values())
-    assert hub.repos["me/tiny"].private is False
 
-    commits, puts = len(hub.repos["me/tiny"].commits), sum(line.startswith("PUT") for line in hub.requests)
-    again = publish(hub, run_folder, tmp_path / "home")
-    assert again.returncode == 0, again.stderr
-    assert len(hub.repos["me/tiny"].commits) == commits, "nothing had changed"
-    assert sum(line.startswith("PUT") for line in hub.requests) == puts
-
-    branched = publish(hub, run_folder, tmp_path / "home", "--branch", "dev")
-    assert branched.returncode == 0, branched.stderr
-    assert hub.files("me/tiny", "dev") == files
-
+    environment = {**os.environ, **hub.environment(tmp_path / "stranger", token=None)}
+    environment.pop("PYTHONPATH", None)
+    found = subprocess.run(
+        [sys.executable, "-c", STRANGER, "dev"],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    logits, generated = map(json.loads, found.stdout.splitlines()[-2:])
     student = LSTMForCausalLM.from_pretrained(run_folder / "student")
-    for revision in ("main", "dev"):
-        environment = {**os.environ, **hub.environment(tmp_path / f"stranger-{revision}", token=None)}
-        environment.pop("PYTHONPATH", None)
-        found = subprocess.run(
-            [sys.executable, "-c", STRANGER, revision],
-            env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120,
-        )  # fmt: skip
-        assert found.returncode == 0, found.stderr
-        logits, generated = map(json.loads, found.stdout.splitlines()[-2:])
-        ids_1T = torch.tensor([generated[:3]])
-        torch.set_num_threads(1)
-        assert torch.equal(torch.tensor(logits).double(), student(ids_1T).logits.double().flatten()), "bit for bit"
-        assert student.generate(ids_1T, max_new_tokens=5, do_sample=False)[0].tolist() == generated
+    ids_1T = torch.tensor([generated[:3]])
+    torch.set_num_threads(1)
+    assert torch.equal(torch.tensor(logits).double(), student(ids_1T).logits.double().flatten()), "bit for bit"
+    assert student.generate(ids_1T, max_new_tokens=5, do_sample=False)[0].tolist() == generated
 
 
-def test_the_card_says_what_was_measured(hub: Hub, run_folder: Path, tmp_path: Path) -> None:
-    dry = publish(hub, run_folder, tmp_path, "--dry-run")
-    assert dry.returncode == 0 and not hub.requests, dry.stderr
-    folder = Path(dry.stdout.strip())
+def test_the_card_says_what_was_measured(
+    here: Hub, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = tmp_path / "report"
+    report.mkdir()
+    (report / "table.md").write_text("| model | tok/s |\n|---|---|\n| student | 3000 |\n", encoding="utf-8")
+    (report / "frontier.png").write_bytes(b"a picture")
+    options = [str(run_folder), "me/tiny", "--license", "apache-2.0", "--dry-run", "--report", str(report)]
+    assert main(options) == 0
+    assert not here.requests, "a dry run asks for nothing"
+    folder = Path(capsys.readouterr().out.splitlines()[-1])
     assert folder == run_folder / "hub"
     card, result = ModelCard.load(folder / "README.md"), result_of(run_folder)
     assert card.data.license == "apache-2.0" and "potstill" in card.data.tags
@@ -121,39 +133,80 @@ def test_the_card_says_what_was_measured(hub: Hub, run_folder: Path, tmp_path: P
     assert values["kl_to_teacher_nats"] == result["student"]["kl_to_teacher_nats"]
     for model in ("teacher", "student", "control"):
         assert f"| {model} | {result[model]['perplexity']:.1f} |" in card.text
-    for part in ("curves.png", "me/tiny", "Limits", result["corpus"]["fingerprint"], "constant memory"):
+    assert (folder / "frontier.png").read_bytes() == b"a picture"
+    for part in ("curves.png", "frontier.png", "| student | 3000 |", "me/tiny", "Limits", "constant memory"):
         assert part in card.text
+    assert result["corpus"]["fingerprint"] in card.text
 
 
-def test_private_and_refused(hub: Hub, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert publish(hub, run_folder, tmp_path, "--private").returncode == 0
-    assert hub.repos["me/tiny"].private
-    assert "hf auth login" in refused(publish(hub, run_folder, tmp_path, token="wrong"))
-    message = refused(publish(hub, run_folder, tmp_path, token="token-of-reader"))
-    assert "a name of your own" in message and "token-of-reader" not in message
-    message = refused(publish(hub, run_folder, tmp_path, repo="somebody/tiny"))
-    assert "somebody/tiny: the hub refused" in message and "a name of your own" in message
-    assert main([str(run_folder), "tiny"]) == 2
-    assert "user/name" in capsys.readouterr().err
+def test_the_same_thing_twice_changes_nothing(here: Hub, folder: Path) -> None:
+    upload(folder, "me/tiny", True, None, "teacher")
+    assert here.repos["me/tiny"].private
+    assert here.files("me/tiny") == {path.name: path.read_bytes() for path in folder.iterdir()}
+    commits, puts = len(here.repos["me/tiny"].commits), here.requests.count("PUT")
+    upload(folder, "me/tiny", True, None, "teacher")
+    assert len(here.repos["me/tiny"].commits) == commits and here.requests.count("PUT") == puts
+    (folder / "README.md").write_text("# y\n", encoding="utf-8")
+    upload(folder, "me/tiny", True, "dev", "teacher")
+    assert here.files("me/tiny", "dev")["README.md"] == b"# y\n" and here.files("me/tiny")["README.md"] == b"# x\n"
 
 
-def test_faults_are_survived(hub: Hub, run_folder: Path, tmp_path: Path) -> None:
-    hub.faults += [
+@pytest.mark.parametrize(
+    ("token", "repo", "expected"),
+    [
+        ("wrong", "me/tiny", "hf auth login"),
+        ("token-of-reader", "me/tiny", "a name of your own"),
+        ("token-of-me", "somebody/tiny", "a name of your own"),
+    ],
+)
+def test_a_refusal_is_one_message(
+    here: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, token: str, repo: str, expected: str
+) -> None:
+    upload(folder, "me/tiny", True, None, "teacher")  # the name exists
+    here.requests.clear()
+    monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(UserError, match=f"{repo}: the hub refused: .*{expected}") as error:
+        upload(folder, repo, False, None, "teacher")
+    assert token not in str(error.value) and str(folder) in str(error.value)
+    assert len(here.requests) <= 2, "a refusal is not tried again"
+
+
+def test_faults_are_survived(here: Hub, folder: Path) -> None:
+    here.faults += [
         Fault("POST /api/repos/create", status=500),
         Fault("PUT /_lfs/", cut_after=1000),
         Fault("POST /api/models/me/tiny/commit", status=502),
     ]
-    run = publish(hub, run_folder, tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert not hub.faults, "each of them happened"
-    assert hub.files("me/tiny")["model.safetensors"] == (run_folder / "student" / "model.safetensors").read_bytes()
+    upload(folder, "me/tiny", False, None, "teacher")
+    assert not here.faults, "each of them happened"
+    assert here.files("me/tiny")["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+
+    here.faults += [Fault("POST /api/models/me/other/commit", status=503)] * 50
+    with pytest.raises(UserError, match="not sent twice"):
+        upload(folder, "me/other", False, None, "teacher")
+    here.faults.clear()
+    here.requests.clear()
+    upload(folder, "me/other", False, None, "teacher")
+    assert not any(line.startswith("PUT") for line in here.requests), "the weights had arrived before"
 
 
-def test_an_unknown_licence_is_asked_for(hub: Hub, world: World, run_folder: Path, tmp_path: Path) -> None:
-    options = (str(run_folder), "me/tiny")
-    message = refused(run_command(*options, launcher=("-m", "distill.hub"), **hub.environment(tmp_path)))
-    assert str(world.teacher) in message and "--license" in message
-    assert not hub.repos
+def test_what_is_missing_is_asked_for(
+    here: Hub, world: World, run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "recipe.yaml").write_text(world.recipe.read_text(encoding="utf-8"), encoding="utf-8")
+    for words, expected in (
+        ([str(run_folder), "me/tiny"], ["its licence is not known", "--license", str(world.teacher)]),
+        ([str(run_folder), "tiny"], ["user/name"]),
+        ([str(run_folder), "me/tiny", "--license", "mit", "--report", str(tmp_path)], ["table.md"]),
+        ([str(tmp_path), "me/tiny"], ["recipe.yaml"]),
+        ([str(unfinished), "me/tiny"], ["result.json"]),
+    ):
+        assert main(words) == 2
+        message = capsys.readouterr().err
+        assert all(part in message for part in expected), message
+    assert not here.repos
 
 
 def test_where_a_licence_is_found(tmp_path: Path) -> None:
@@ -183,11 +236,3 @@ def test_only_faults_of_the_server_are_tried_again(monkeypatch: pytest.MonkeyPat
         with pytest.raises(HfHubHTTPError):
             _retried(once)
         assert calls == tries
-
-
-def test_a_finished_run_is_needed(hub: Hub, world: World, tmp_path: Path) -> None:
-    assert "recipe.yaml" in refused(publish(hub, tmp_path, tmp_path))
-    unfinished = tmp_path / "unfinished"
-    unfinished.mkdir()
-    (unfinished / "recipe.yaml").write_text(world.recipe.read_text(encoding="utf-8"), encoding="utf-8")
-    assert "result.json" in refused(publish(hub, unfinished, tmp_path))
