@@ -130,7 +130,7 @@ PIP_TRL := .venv-trl/bin/python -m pip --disable-pip-version-check
 # llama.cpp is built from source for this machine, a few minutes; without AMX, whose tiles crash it in some virtual
 # machines and which gain nothing at batch 1.
 LLAMA_FLAGS := $(if $(shell grep -m1 -o amx_tile /proc/cpuinfo 2>/dev/null),-DGGML_NATIVE=OFF -DGGML_AVX512=ON \
-	-DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX512_BF16=ON,-DGGML_NATIVE=ON)
+	-DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON,-DGGML_NATIVE=ON)
 .venv-llama/.done: benchmarks/requirements-llama.txt .venv/.python
 	$(PYTHON) -m venv .venv-llama
 	CMAKE_ARGS="$(LLAMA_FLAGS)" .venv-llama/bin/python -m pip --disable-pip-version-check install -qq -r $<

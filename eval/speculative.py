@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -187,7 +187,7 @@ def _keep(cache: DynamicCache, before: int, path: Sequence[int]) -> None:
         cache.crop(before + len(path) - cache.get_seq_length())
         return
     kept = torch.tensor([*range(before), *(before + node for node in path)])
-    for layer in cache.layers:
+    for layer in cast(Any, cache.layers):
         layer.keys, layer.values = (part.index_select(2, kept.to(part.device)) for part in (layer.keys, layer.values))
 
 
@@ -216,13 +216,13 @@ def measure(
     ways: dict[str, Callable[[Sequence[int], int], tuple[list[int], Count]]] = {
         "teacher alone": lambda prompt, tokens: (teacher_alone(teacher.model, prompt, tokens), Count())
     }
-    named = [("teacher alone, this loop", 0, 1)]
-    named += [(f"chains of {size}", size, 1) for size in chains]
-    named += [(f"trees of {size}", size, WIDTH) for size in trees]
-    for name, size, width in named:
-        ways[name] = lambda prompt, tokens, size=size, width=width: speculate(
-            teacher.model, drafter, prompt, tokens, size, Sampler(0), width
-        )
+
+    def drafted(size: int, width: int) -> Callable[[Sequence[int], int], tuple[list[int], Count]]:
+        return lambda prompt, tokens: speculate(teacher.model, drafter, prompt, tokens, size, Sampler(0), width)
+
+    ways["teacher alone, this loop"] = drafted(0, 1)
+    ways |= {f"chains of {size}": drafted(size, 1) for size in chains}
+    ways |= {f"trees of {size}": drafted(size, WIDTH) for size in trees}
     if isinstance(drafter, TorchDecoder):
         options = {"assistant_model": drafter.student}
         ways["generate(assistant_model)"] = lambda prompt, tokens: (
