@@ -179,14 +179,14 @@ class _Job:
             write_atomically(folder / name, save)
         picture = folder / "curves.png"
         plot_curves(result, picture)
-        if self.recipe.publishing.repo:
-            from distill.hub import publish
-
-            publish(self.recipe, result)
         self.tracker.log_samples(result["samples"])
         write_json(folder / "result.json", result)
         self.tracker.log_result(result, table_rows(result), picture, [folder / "result.json", folder / "recipe.yaml"])
         print_result(result, folder)
+        if self.recipe.publishing.repo:  # last: what the hub refuses can be published by distill/hub.py at any time
+            from distill.hub import publish
+
+            publish(self.recipe, result)
 
     def _size_and_speed(self, model: LanguageModel, separator_id: int) -> dict[str, float | int]:
         return {
