@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.report import finish, print_table
 from benchmarks.runs import QUICKSTART, run_recipe
-from distill.cli import guarded
+from distill.command import guarded
 from distill.recipe import load_recipe
 
 FROZEN = ("embedding", "head")

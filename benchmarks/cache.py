@@ -30,7 +30,7 @@ import torch.nn.functional as F
 
 from benchmarks.report import finish, print_table
 from benchmarks.runs import QUICKSTART, run_recipe
-from distill.cli import guarded
+from distill.command import guarded
 from distill.config import TargetsConfig
 from distill.job import TeacherAndText, leave, start_accelerator
 from distill.recipe import load_recipe

@@ -27,7 +27,7 @@ from typing import Any
 from benchmarks.report import FOLDER, finish, print_table
 from benchmarks.runs import QUICKSTART, run_recipe
 from distill.checkpoint import write_atomically
-from distill.cli import guarded
+from distill.command import guarded
 from distill.recipe import load_recipe
 from distill.result import Points, first_crossing
 

@@ -36,7 +36,7 @@ import torch.nn.functional as F
 
 from benchmarks.report import finish, print_table
 from benchmarks.trl_gkd import peak_mib, reset_peak
-from distill.cli import guarded
+from distill.command import guarded
 from distill.config import StageConfig, TargetsConfig, UserError
 from distill.corpus import lane_order
 from distill.job import TeacherAndText, leave, start_accelerator

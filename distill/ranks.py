@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from distill.cli import guarded
+from distill.command import guarded
 from distill.config import UserError
 from distill.geometry import Basis, HiddenMoments, MetricSums
 from distill.groundwork import BASIS_RIDGE
