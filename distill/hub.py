@@ -27,9 +27,8 @@ from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
-import httpx
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HTTPError
 
 from distill.checkpoint import write_atomically
 from distill.command import guarded
@@ -113,7 +112,7 @@ def upload(folder: Path, repo: str, private: bool, branch: str | None, teacher: 
 
     try:
         address = _retried(once)
-    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         status = getattr(getattr(error, "response", None), "status_code", None)
         todo = {
@@ -130,8 +129,8 @@ def _retried(once: Callable[[], str]) -> str:
     for pause in PAUSES:
         try:
             return once()
-        except (HfHubHTTPError, httpx.TransportError) as error:
-            response = getattr(error, "response", None)
+        except HTTPError as error:
+            response = getattr(error, "response", None)  # none where the connection broke
             if response is not None and response.status_code < 500 and response.status_code != 429:
                 raise
             logger.warning("the hub did not answer as it should (%s); trying again", type(error).__name__)
@@ -153,7 +152,7 @@ def teacher_license(model: str, revision: str | None = None) -> str | None:
     else:
         try:
             data = HfApi().model_info(model, revision=revision).card_data
-        except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError):
+        except (HTTPError, OSError, ValueError):
             return None
         found = data.license if data else None
     # A whole licence text, or "other", names no licence.

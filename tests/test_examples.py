@@ -21,6 +21,7 @@ pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")
 
 
+@pytest.mark.slow
 def test_the_tour(world: World, tmp_path: Path) -> None:
     recipe = tmp_path / "tiny.yaml"
     text = world.recipe.read_text(encoding="utf-8")
