@@ -37,7 +37,7 @@ from distill.recipe import load_recipe
 from distill.signals import ENCODING_ROWS, Encoding, HiddenSignal
 from distill.targets import cached_blocks, open_targets
 
-KINDS = {"hidden": {}, "top_k": {"k": 64}, "sampled": {"samples": 9}}
+KINDS = ("hidden", "top_k", "sampled")
 STUDENT_TOKENS = 65_536
 
 
@@ -76,7 +76,8 @@ class Bench:
 
     def build(self, kind: str) -> tuple[float, Any]:
         """Seconds for a new cache of one kind, and the cache."""
-        config = TargetsConfig.model_validate({"signal": kind, "cache": True, **KINDS[kind]})
+        given = self.recipe.targets.model_dump(exclude_unset=True)
+        config = TargetsConfig.model_validate({**given, "signal": kind, "cache": True})
         with tempfile.TemporaryDirectory() as folder:
             config = config.model_copy(update={"cache_dir": Path(folder) / kind})
             targets = open_targets(

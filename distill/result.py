@@ -140,6 +140,6 @@ def plot_curves(result: dict[str, Any], target: Path) -> None:
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
     axes[0].set_ylabel("validation loss (nats per token)")
-    axes[0].legend(frameon=False)
+    axes[1].legend(frameon=False, loc="upper right")
     figure.suptitle(result["name"], x=0.01, ha="left", fontsize=11)
     write_atomically(target, lambda path: figure.savefig(path, dpi=150, format="png"))

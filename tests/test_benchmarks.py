@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import World, run_command
 
-from benchmarks import train
+from benchmarks import ablation, quality, train
 from distill.config import UserError
 
 TINY = ("targets.k=8", "targets.samples=4")
@@ -60,3 +60,62 @@ def test_a_missing_environment_of_trl_is_named(world: World, tmp_path: Path, mon
     options = SimpleNamespace(recipe="", overrides=[], peak_of=None, skip_trl=False)
     with pytest.raises(UserError, match="make bench-train, or --skip-trl"):
         train.benchmark(options)  # type: ignore[arg-type]
+
+
+def test_bench_cache_reports_sizes_speed_and_fidelity(world: World, tmp_path: Path) -> None:
+    arguments = ["--recipe", str(world.recipe), "--tokens", "640", "--repeats", "1", "--skip-students", *TINY]
+    found = run_command(*arguments, launcher=("-m", "benchmarks.cache"), cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    result = last_line(found.stdout)
+    assert set(result["kinds"]) == {"hidden", "top_k", "sampled"}
+    assert 0 < result["int8_kl_nats"] < 0.01
+    assert result["build_share"] == min(row["of_bare_and_head"] for row in result["kinds"].values())
+    assert result["kinds"]["hidden"]["bytes_per_token"] > 24 + 4
+
+
+def points(*losses: float) -> list[dict]:
+    """A curve with a validation every ten seconds and hundred tokens."""
+    return [
+        {"seconds": 10.0 * n, "tokens": 100 * n, "nll_nats": loss, "kl_to_teacher_nats": loss - 2}
+        for n, loss in enumerate(losses, 1)
+    ]
+
+
+def test_bench_quality_by_hand(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ours is at the control's best loss (5 after 40 s) after 15 s, and closes half of its distance to the teacher."""
+    curves = {"ours": points(6, 4, 3.5, 3.5), "sampled": points(8, 6, 5, 4.5), "kl": points(8, 7, 6, 5.5)}
+
+    def fake(benchmark: str, name: str, recipe: str, overrides: list[str]) -> dict:
+        result = {"curves": {"student": curves[name.split("-")[-1]], "control": points(9, 7, 6, 5)}}
+        return {**result, "student": {"train_seconds": 40.0, "teacher_seconds": 4.0}, "teacher": {"nll_nats": 2.0}}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quality, "run_recipe", fake)
+    assert quality.main(["--recipe", str(world.recipe), "--seeds", "0", "1", "--long", "0"]) == 0
+    result = last_line(capsys.readouterr().out)
+    assert result["wall_time_ratio_to_control_loss"] == pytest.approx(15 / 40)
+    assert result["gap_closed"] == pytest.approx(0.5)
+    assert result["short"]["control, sampled"]["wall_time_ratio"] == pytest.approx(30 / 40)
+    assert result["short"]["KL, random weights"]["wall_time_ratio"] is None
+    assert (tmp_path / "runs/bench/quality.png").is_file()
+
+
+def test_bench_ablation_by_hand(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Equal tokens are the fewest of any variant; a loss between two validations is interpolated."""
+
+    def fake(benchmark: str, name: str, recipe: str, overrides: list[str]) -> dict:
+        curve = points(6, 5) if name == "0" else points(6, 5, 4, 3)
+        student = {"bits_per_byte": curve[-1]["nll_nats"] / 3, "nll_nats": curve[-1]["nll_nats"], "parameters": 1000}
+        return {"curves": {"student": curve}, "student": student, "teacher": {"bits_per_byte": 0.9}}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablation, "run_recipe", fake)
+    assert ablation.main(["--recipe", str(world.recipe)]) == 0
+    result = last_line(capsys.readouterr().out)
+    assert result["equal_tokens"] == 200 and len(result["rows"]) == len(ablation.VARIANTS)
+    assert result["rows"][1]["bits_per_byte"] == pytest.approx(1.0)
+    assert result["rows"][1]["bits_per_byte_at_equal_tokens"] == pytest.approx(5 / 3)
