@@ -31,7 +31,8 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev distill frontier smoke test check bench-loss docs lock bench-train clean FORCE
+.PHONY: help install install-dev distill frontier smoke test check docs lock clean FORCE \
+	bench-loss bench-train bench-cache bench-ablation bench-quality bench-decode bench-speculative
 
 help:  ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,8 +80,23 @@ docs: install  ## rewrite docs/recipe.md and recipes/schema.json from distill/co
 bench-train: install .venv-trl/.done  ## speed and memory of a training step: naive, TRL, ours online and cached
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.train $(ARGS)
 
-clean:  ## remove .venv, .venv-trl, builds and caches; runs/ stays
-	rm -rf .venv .venv-trl build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+bench-cache: install  ## cached targets: bytes a token, speed of building, fidelity
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.cache $(ARGS)
+
+bench-ablation: install  ## what each part of the student's initialisation is worth
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.ablation $(ARGS)
+
+bench-quality: install  ## validation loss at equal wall time: ours, control, KL without transplant; up to an hour
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.quality $(ARGS)
+
+bench-decode: install .venv-llama/.done  ## speed of decoding: the student, its teacher in llama.cpp and transformers; after make distill
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.decode $(ARGS)
+
+bench-speculative: install  ## the student drafts for its teacher: speed and acceptance; after make distill
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.speculative $(ARGS)
+
+clean:  ## remove .venv, .venv-trl, .venv-llama, builds and caches; runs/ stays
+	rm -rf .venv .venv-trl .venv-llama build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The steps of the set-up.
@@ -132,6 +148,15 @@ PIP_TRL := .venv-trl/bin/python -m pip --disable-pip-version-check
 	$(PIP_TRL) install -qq -r $<
 	@touch $@
 
+# llama.cpp is built from source for this machine, a few minutes; without AMX, whose tiles crash it in some virtual
+# machines and which gain nothing at batch 1.
+LLAMA_FLAGS := $(if $(shell grep -m1 -o amx_tile /proc/cpuinfo 2>/dev/null),-DGGML_NATIVE=OFF -DGGML_AVX512=ON \
+	-DGGML_AVX512_VBMI=ON -DGGML_AVX512_VNNI=ON,-DGGML_NATIVE=ON)
+.venv-llama/.done: benchmarks/requirements-llama.txt .venv/.python
+	$(PYTHON) -m venv .venv-llama
+	CMAKE_ARGS="$(LLAMA_FLAGS)" .venv-llama/bin/python -m pip --disable-pip-version-check install -qq -r $<
+	@touch $@
+
 # The locks: the closure of pyproject.toml without torch, for every supported Python and platform.
 # Pins stay as they are while they satisfy pyproject.toml; LOCK_ARGS=--upgrade renews them.
 
@@ -140,7 +165,7 @@ COMPILE := build/lock/bin/uv pip compile --quiet --universal --python-version 3.
 	--custom-compile-command 'make lock' --overrides requirements/no-torch.txt --no-emit-package torch
 
 lock: build/lock/.uv  ## rebuild requirements/base.txt and dev.txt; LOCK_ARGS=--upgrade for new versions
-	$(COMPILE) $(LOCK_ARGS) --extra gguf --extra report pyproject.toml requirements/base.in -o requirements/base.txt
+	$(COMPILE) $(LOCK_ARGS) --extra gguf --extra onnx --extra report pyproject.toml requirements/base.in -o requirements/base.txt
 	build/lock/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"], sep="\n")' \
 		| $(COMPILE) $(LOCK_ARGS) --constraints requirements/base.txt - -o requirements/dev.txt
 

@@ -3,9 +3,10 @@
     python -m benchmarks.loss --sizes 1024 --repeats 3
 
 *Eager* is what one writes first: all logits of both sides, `distill/losses.py`, autograd; in fp32, and under bf16
-autocast with the loss in fp32. *Fused* is `distill/fused.py` under bf16 autocast. The head's master weight is fp32; the
-teacher's head of a hidden signal has the type of the step. The *floor* is the matrix products alone, in bf16: logits,
-gradient of the student's output, of a trained head, and the teacher's logits of a hidden signal.
+autocast with the loss in fp32. *Fused* is `distill/fused.py` under bf16 autocast. The weight of a trained head is fp32;
+a frozen one, as in training, and the teacher's of a hidden signal have the type of the step. The *floor* is the matrix
+products alone, in bf16: logits, gradient of the student's output, of a trained head, and the teacher's logits of a
+hidden signal.
 
 Every way of a case runs in turn within a repetition; medians are compared. Freed memory stays with the process, for all
 alike, as in a training run (`distill/job.py`). Memory is the peak resident set of a process of its own during one step,
@@ -33,8 +34,9 @@ from torch import Tensor, nn
 
 from benchmarks.report import finish, print_table
 from distill import losses
-from distill.fused import Objective, _ChunkedHeadLoss
+from distill.fused import _ChunkedHeadLoss
 from distill.job import _keep_freed_memory
+from distill.objective import Objective
 from distill.signals import DenseSignal, Head, HiddenSignal, Signal, SparseSignal, concatenate, sample, top_k
 
 V, D, K = 49152, 576, 64
@@ -53,6 +55,9 @@ class Case:
         self.z_Nd = torch.randn(tokens, D, generator=generator).requires_grad_()
         self.weight_Vd = nn.Parameter(torch.randn(V, D, generator=generator) * (2 / D**0.5), requires_grad=trained)
         self.labels_N = torch.randint(V, (tokens,), generator=generator)
+        self.weights: dict[torch.dtype, Tensor] = dict.fromkeys((torch.float32, torch.bfloat16), self.weight_Vd)
+        if not trained:
+            self.weights[torch.bfloat16] = self.weight_Vd.detach().bfloat16()  # as the training loop keeps it
         self.kind = kind
         hidden_Nd = torch.randn(tokens, D, generator=generator)
         teacher_Vd = self.weight_Vd.detach() + torch.randn(V, D, generator=generator) / D**0.5
@@ -85,8 +90,8 @@ class Case:
         signal = self.signals[dtype]
         with torch.autocast("cpu", torch.bfloat16) if dtype == torch.bfloat16 else nullcontext():
             if way == "fused":
-                return _ChunkedHeadLoss.apply(self.z_Nd, self.weight_Vd, None, self.labels_N, signal, OBJECTIVE)[0]
-            student_NV = nn.functional.linear(self.z_Nd, self.weight_Vd)
+                return _ChunkedHeadLoss.apply(self.z_Nd, self.weights[dtype], None, self.labels_N, signal, OBJECTIVE)[0]
+            student_NV = nn.functional.linear(self.z_Nd, self.weights[dtype])
         if not isinstance(signal, SparseSignal):
             return losses.forward_kl(student_NV, signal.logits(slice(None)))
         if signal.tail_N is None:

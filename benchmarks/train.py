@@ -36,11 +36,11 @@ import torch.nn.functional as F
 
 from benchmarks.report import finish, print_table
 from benchmarks.trl_gkd import peak_mib, reset_peak
-from distill.cli import guarded
+from distill.command import guarded
 from distill.config import StageConfig, TargetsConfig, UserError
 from distill.corpus import lane_order
-from distill.fused import Objective
 from distill.job import TeacherAndText, leave, start_accelerator
+from distill.objective import Objective
 from distill.recipe import load_recipe
 from distill.student import LSTMForCausalLM
 from distill.targets import CachedTargets, LiveTargets, Targets, open_targets

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from distill.cli import guarded
+from distill.command import guarded
 from distill.config import UserError
 from distill.job import TeacherAndText, leave, start_accelerator
 from distill.recipe import load_recipe

@@ -113,12 +113,21 @@ class StudentConfig(Section):
     num_layers: Positive = 2
     """Number of residual LSTM blocks."""
     embedding_size: Positive | None = None
-    """Width of embedding and head. Default: the teacher's width, which copying from the teacher requires."""
+    """Width of embedding and head. Default: the teacher's. A smaller one makes both of low rank: with `transplant`,
+    the teacher's head is projected to the directions in which its hidden states move its logits most, and its
+    embedding to its principal axes. `python -m distill.ranks RECIPE` shows what each rank loses."""
+    vocabulary_min_count: Positive | None = None
+    """Cut the vocabulary to tokens that occur at least so often in the training text, the pieces they are merged from,
+    all bytes and the special tokens. At 1 the training text keeps its tokens; other text may need more of them. Null
+    for the teacher's whole vocabulary. Needs a byte-level BPE tokenizer."""
     transplant: bool = True
     """Start from the teacher's embedding and output head instead of random ones."""
     fit_tokens: Annotated[int, Field(ge=0)] = 8192
     """With `transplant`: fit the output projection to the teacher's hidden states on this many training tokens before
     the first step, by ridge regression on the still random LSTM's outputs. Its time counts as training; 0 for none."""
+    align_input: bool = True
+    """Start the input projection as the embedding's principal axes over the text's tokens, centred and scaled; of the
+    control too."""
     tie_embeddings: bool | None = None
     """One matrix for embedding and head. Default: as in the teacher."""
     input_dropout: Fraction = 0.0
@@ -190,7 +199,8 @@ class TargetsConfig(Section):
     hidden_dtype: Literal["int8", "fp16", "fp32"] = "int8"
     """How the cache stores hidden states; `int8` has a scale for each token and one for each dimension."""
     max_tokens: Positive | None = None
-    """Cache the targets of the first training tokens only, whole blocks; the student then trains on these."""
+    """Cache the targets of the first training tokens only, whole blocks; stages that need the teacher then train on
+    these, others on all of the text."""
     cache_dir: Path | None = None
     """Folder of the cached targets. Default: a folder named by all they depend on, under `potstill/targets/` in the
     user's cache folder."""
@@ -211,8 +221,8 @@ class TargetsConfig(Section):
         return self
 
 
-Term = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse"]
-HIDDEN_TERMS = {"hidden_mse"}
+Term = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse", "layer_mse"]
+HIDDEN_TERMS = {"hidden_mse", "layer_mse"}
 
 
 class StageConfig(Section):
@@ -225,7 +235,8 @@ class StageConfig(Section):
     """Terms and weights, for example `{forward_kl: 0.9, cross_entropy: 0.1}`; a single name means weight 1.
     `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the generalised
     Jensen-Shannon divergence, `hidden_mse` the squared distance of the student's output to the teacher's final
-    hidden state, in the stage's `metric`."""
+    hidden state, in the stage's `metric`; `layer_mse` that of block i of the student's N, through a learned
+    projection, to the normalised state of the teacher's layer i L / N of L, asked of the live teacher."""
     length: Length
     """How long the stage lasts."""
     metric: Literal["identity", "gram", "fisher"] = "identity"
@@ -234,6 +245,10 @@ class StageConfig(Section):
     ridge: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     """Multiple of the identity added to `gram` and `fisher`, in units of their mean diagonal: it keeps directions
     that the logits hardly depend on from drifting away."""
+    candidates: Positive | None = None
+    """Take the terms of the logits over a part of the vocabulary, drawn anew for each step: so many tokens that are
+    the most frequent in the text, the step's labels, and half as many others that stand for the rest. Several times
+    cheaper, and an estimate; null for the whole vocabulary. For hidden and dense targets at temperature 1."""
     temperature: PositiveFloat = 1.0
     """Softmax temperature of both sides; divergences are multiplied by its square."""
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -304,6 +319,8 @@ class ControlConfig(Section):
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     """Course of the learning rate."""
+    candidates: Positive | None = None
+    """As in the stages."""
     warmup: Fraction = 0.05
     """Share of the training in which the learning rate rises."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
@@ -412,10 +429,13 @@ class Recipe(Section):
                 problems.append(
                     f"{where}.objective: {', '.join(stage.hidden_terms)} needs targets.signal hidden, found {kind}"
                 )
-            if stage.hidden_terms and self.student.embedding_size is not None:
+            if "hidden_mse" in terms and self.student.embedding_size is not None and not self.student.transplant:
                 problems.append(
-                    f"{where}.objective: hidden_mse needs the teacher's width; remove student.embedding_size"
+                    f"{where}.objective: hidden_mse needs the teacher's width or its directions; remove "
+                    "student.embedding_size or set student.transplant=true"
                 )
+            if "layer_mse" in terms and self.targets.cache:
+                problems.append(f"{where}.objective: layer_mse needs the live teacher; set targets.cache=false")
             if kind == "sampled" and (biased := terms - {"cross_entropy", "forward_kl"} - HIDDEN_TERMS):
                 problems.append(
                     f"{where}.objective: {', '.join(sorted(biased))} would be biased with "
@@ -426,10 +446,14 @@ class Recipe(Section):
                     f"{where}.temperature: {stage.temperature}, but targets.temperature is "
                     f"{self.targets.temperature}; {kind} targets are taken at one temperature"
                 )
+            if stage.candidates is not None and terms <= HIDDEN_TERMS:
+                problems.append(f"{where}.candidates: {', '.join(sorted(terms))} needs no logits; remove it")
+            if stage.candidates is not None and stage.temperature != 1:
+                problems.append(f"{where}.candidates: expected temperature 1, found {stage.temperature}")
+            if stage.candidates is not None and kind in ("top_k", "sampled") and stage.needs_teacher:
+                problems.append(f"{where}.candidates: expected targets.signal hidden or dense, found {kind}")
             if stage.metric != "identity" and "hidden_mse" not in terms:
                 problems.append(f"{where}.metric: {stage.metric} is for hidden_mse, which the objective does not have")
-        if self.student.transplant and self.student.embedding_size is not None:
-            problems.append("student.transplant copies matrices of the teacher's width; remove student.embedding_size")
         if problems:
             raise ValueError("; ".join(problems))
         return self

@@ -290,6 +290,11 @@ class Blocks:
         fewer.count = min(count, self.count)
         return fewer
 
+    def labels(self, block_ids: np.ndarray) -> torch.Tensor:
+        """The labels (B, T) of these blocks alone."""
+        at_BT = np.asarray(block_ids)[:, None] * self.block_length + np.arange(1, self.block_length + 1)
+        return torch.from_numpy(self.tokens[at_BT].astype(np.int64))
+
     def batch(self, block_ids: np.ndarray) -> BlockBatch:
         """The blocks with these numbers, in this order."""
         block_ids_B = np.array(block_ids, dtype=np.int64)

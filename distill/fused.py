@@ -16,14 +16,14 @@ Legend: B lanes, T tokens, N = B * T, V vocabulary, d width of student output an
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from distill import losses
-from distill.metric import HiddenMetric
+from distill.candidates import Candidates
+from distill.objective import Objective
 from distill.signals import DenseSignal, HiddenSignal, Signal, SparseSignal
 from distill.student import LSTMCache, LSTMForCausalLM
 
@@ -33,133 +33,25 @@ State = tuple[Tensor, Tensor]  # (h_LBH, c_LBH)
 def chunk_sizes(device: str, vocabulary: int, item_bytes: int) -> tuple[int, int, int, int]:
     """Tokens of the student's logits, of the teacher's, of a divergence at one time; columns of a tile of the head.
 
-    On a CPU: 36 MiB of student logits, for every chunk converts the head twice and passes over its gradient once; the
-    fewest teacher logits at which its product runs at full speed; so few rows of fp32 that a core's second-level cache
-    holds them; tiles small against all that.
+    On a CPU: 40 MiB of student logits, for every chunk converts a trained head twice and passes over its gradient once;
+    the fewest teacher logits at which its product runs at full speed; so few rows of fp32 that a core's second-level
+    cache holds them; tiles small against all that.
     """
-    student_MiB, part_MiB, tile = (36, 0.75, 2048) if device == "cpu" else (512, 256, 16384)
+    student_MiB, part_MiB, tile = (40, 0.75, 2048) if device == "cpu" else (512, 256, 16384)
     rows = max(16, int(student_MiB * 2**20) // (vocabulary * item_bytes))
-    return rows, max(1, rows // 3), max(1, min(rows // 3, int(part_MiB * 2**20) // (vocabulary * 4))), tile
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Terms by name with their weights, and the constants of the divergences."""
-
-    weights: dict[str, float]
-    temperature: float = 1.0
-    jsd_beta: float = 0.5
-    metric: HiddenMetric | None = None  # of hidden_mse; None is the identity
-
-    @property
-    def needs_logits(self) -> bool:
-        return set(self.weights) != {"hidden_mse"}
-
-    @property
-    def needs_teacher_logits(self) -> bool:
-        return not set(self.weights) <= {"cross_entropy", "hidden_mse"}
-
-    def gradient(
-        self, student_NV: Tensor, labels_N: Tensor, teacher: Tensor | SparseSignal | None
-    ) -> tuple[dict[str, Tensor], Tensor]:
-        """Each logit term's unweighted sum in nats, and the gradient (N, V) of the weighted sum in fp32.
-
-        In closed form: for a divergence D(q) of the student's distribution q at temperature T and g = dD/dq, the
-        gradient with respect to logits is T^2 q (g - <q, g>) / T. It takes half the passes over (N, V) that
-        autograd takes through `distill/losses.py`, which is the oracle for both sums and gradient.
-        """
-        sums: dict[str, Tensor] = {}
-        total_NV: Tensor | None = None
-        T = self.temperature
-        pairs: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None  # (log q, q), (log p, p)
-        for name, weight in self.weights.items():
-            if name == "hidden_mse":
-                continue
-            if name == "cross_entropy":
-                if T == 1 and pairs is not None:
-                    log_q1_NV, grad_NV = pairs[0][0], pairs[0][1].clone()
-                else:
-                    log_q1_NV, grad_NV = _log_softmax(student_NV, 1.0)
-                label_N1 = labels_N[:, None]
-                sums[name] = -log_q1_NV.gather(1, label_N1).sum()
-                grad_NV.scatter_add_(1, label_N1, grad_NV.new_full((1, 1), -1.0).expand_as(label_N1))
-                scale = weight
-            elif isinstance(teacher, SparseSignal):
-                sums[name], grad_NV = self._sparse_divergence(name, student_NV, teacher)
-                sums[name] = sums[name] * T**2
-                scale = weight * T
-            else:
-                assert teacher is not None, "the job gives every divergence a signal"
-                pairs = pairs or (_log_softmax(student_NV, T), _log_softmax(teacher, T))
-                (log_q_NV, q_NV), (log_p_NV, p_NV) = pairs
-                sums[name], grad_NV = self._divergence(name, log_p_NV, log_q_NV, p_NV, q_NV)
-                sums[name] = sums[name] * T**2
-                scale = weight * T
-            if scale != 1:
-                grad_NV.mul_(scale)
-            total_NV = grad_NV if total_NV is None else total_NV.add_(grad_NV)
-        assert total_NV is not None
-        return sums, total_NV
-
-    def _sparse_divergence(self, name: str, student_NV: Tensor, signal: SparseSignal) -> tuple[Tensor, Tensor]:
-        """As `_divergence`, of a few outcomes: the gradient of all others is the student's softmax, scaled by row."""
-        if signal.temperature != self.temperature:
-            raise ValueError(f"a signal at temperature {signal.temperature} for a loss at {self.temperature}")
-        ids_NK = signal.ids_NK
-        log_q_NV, q_NV = _log_softmax(student_NV, self.temperature)
-        log_q_NK = log_q_NV.gather(1, ids_NK)
-        if signal.tail_N is None:
-            if name != "forward_kl" or signal.entropy_N is None:
-                raise ValueError(f"{name} of sampled outcomes would be biased")
-            value = -(signal.probs_NK * log_q_NK).sum() - signal.entropy_N.sum()
-            return value, q_NV.scatter_add_(1, ids_NK, -signal.probs_NK)
-        given_NK = q_NV.gather(1, ids_NK)
-        others_N1 = q_NV.scatter_(1, ids_NK, 0.0).sum(-1, keepdim=True)  # 1 - sum would cancel
-        # L = K + 1 outcomes; logarithms of 0 are cut off, and always meet a factor of 0.
-        q_NL, p_NL = torch.cat([given_NK, others_N1], 1), torch.cat([signal.probs_NK, signal.tail_N[:, None]], 1)
-        log_q_NL = torch.cat([log_q_NK, others_N1.clamp_min(losses.TINY).log()], 1)
-        value, grad_NL = self._divergence(name, p_NL.clamp_min(losses.TINY).log(), log_q_NL, p_NL, q_NL)
-        grad_NV = q_NV.mul_(grad_NL[:, -1:] / others_N1.clamp_min(losses.TINY))
-        return value, grad_NV.scatter_(1, ids_NK, grad_NL[:, :-1])
-
-    def _divergence(
-        self, name: str, log_p_NV: Tensor, log_q_NV: Tensor, p_NV: Tensor, q_NV: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """D summed over tokens, and q (g - <q, g>), both without the factors of the temperature."""
-        if name == "forward_kl":  # g = -p / q
-            value = (log_p_NV - log_q_NV).mul_(p_NV).sum()
-            return value, q_NV - p_NV
-        if name == "reverse_kl":
-            g_NV = log_q_NV - log_p_NV
-            value_N = (g_NV * q_NV).sum(-1, keepdim=True)
-            return value_N.sum(), g_NV.sub_(value_N).mul_(q_NV)
-        if name == "total_variation":
-            g_NV = (q_NV - p_NV).sign_().mul_(0.5)
-            value = 0.5 * (q_NV - p_NV).abs_().sum()
-        else:  # jsd: what m contributes to the derivative cancels
-            beta = self.jsd_beta
-            log_m_NV = torch.logaddexp(log_p_NV + math.log(beta), log_q_NV + math.log1p(-beta))
-            g_NV = (log_q_NV - log_m_NV).mul_(1 - beta)
-            value = beta * (log_p_NV - log_m_NV).mul_(p_NV).sum() + (g_NV * q_NV).sum()
-        return value, g_NV.sub_((g_NV * q_NV).sum(-1, keepdim=True)).mul_(q_NV)
-
-
-def _log_softmax(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """(log q, q) in fp32. On a CPU `softmax` takes half the time of `exp`, so log q is made without undoing it."""
-    logits_NV = logits_NV.float()
-    if temperature != 1:
-        logits_NV = logits_NV / temperature
-    q_NV = torch.softmax(logits_NV, -1)
-    log_q_NV = logits_NV - logits_NV.amax(-1, keepdim=True)  # 0 at the most probable outcome
-    return log_q_NV.add_(q_NV.amax(-1, keepdim=True).log()), q_NV
+    return rows, max(1, rows // 4), max(1, min(rows // 4, int(part_MiB * 2**20) // (vocabulary * 4))), tile
 
 
 class StudentWithLoss(nn.Module):
-    """The student and its objective as one module."""
+    """The student and its objective as one module; for `layer_mse` with a projection of each block's output."""
 
-    def __init__(self, student: LSTMForCausalLM) -> None:
+    def __init__(self, student: LSTMForCausalLM, layer_width: int | None = None) -> None:
+        """`layer_width`: the teacher's width, with `layer_mse`."""
         super().__init__()
         self.student = student
+        hidden_size, blocks = student.config.hidden_size, student.config.num_layers if layer_width else 0
+        self._frozen_head_Vd: Tensor | None = None  # lasts as long as this module, which is made for one stage
+        self.layer_projections = nn.ModuleList(nn.Linear(hidden_size, layer_width or 0) for _ in range(blocks))
 
     def forward(
         self,
@@ -169,26 +61,57 @@ class StudentWithLoss(nn.Module):
         state: State | None,
         signal: Signal | None,
         objective: Objective,
+        candidates: Candidates | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], State]:
-        """Weighted loss sum in nats (with gradient), each term's sum (without), and the carried state."""
+        """Weighted loss sum in nats (with gradient), each term's sum (without), and the carried state.
+
+        With `candidates` the terms of the logits are taken over these instead of the whole vocabulary.
+        """
         carried = LSTMCache(*state) if state is not None else LSTMCache()
+        states_BTH: list[Tensor] = []
+        watched = self.student.model.layers if self.layer_projections else []
+        hooks = [block.register_forward_hook(lambda _, __, output: states_BTH.append(output[0])) for block in watched]
         output = self.student.model(inputs_BT, past_key_values=carried, reset_mask=reset_BT, use_cache=True)
+        for hook in hooks:
+            hook.remove()
         carried = carried.detach()
         z_Nd, labels_N = output.last_hidden_state.flatten(0, 1), labels_BT.flatten()
         loss = z_Nd.new_zeros((), dtype=torch.float32)
         sums: dict[str, Tensor] = {}
-        if objective.needs_logits:
-            head = self.student.lm_head
-            names = [name for name in objective.weights if name != "hidden_mse"]
-            loss, *parts = _ChunkedHeadLoss.apply(z_Nd, head.weight, head.bias, labels_N, signal, objective)
-            sums.update(zip(names, parts, strict=True))
+        if objective.logit_terms:
+            weight_Vd, bias_V, teacher = self._head_weight(), self.student.lm_head.bias, signal
+            if candidates is not None:
+                weight_Vd, bias_V = candidates.head(weight_Vd, bias_V)
+                labels_N = candidates.places(labels_N)
+                teacher = candidates.signal(signal) if objective.needs_teacher_logits else None
+            loss, *parts = _ChunkedHeadLoss.apply(z_Nd, weight_Vd, bias_V, labels_N, teacher, objective)
+            sums.update(zip(objective.logit_terms, parts, strict=True))
         if "hidden_mse" in objective.weights:
             assert isinstance(signal, HiddenSignal), "the job checks that hidden states are at hand"
             hidden_Nd, metric = signal.hidden_Nd.to(z_Nd.device), objective.metric
             sums["hidden_mse"] = metric(z_Nd, hidden_Nd) if metric else losses.hidden_mse(z_Nd, hidden_Nd)
             loss = loss + objective.weights["hidden_mse"] * sums["hidden_mse"]
+        if "layer_mse" in objective.weights:
+            assert isinstance(signal, HiddenSignal), "the job checks that hidden states are at hand"
+            pairs = zip(self.layer_projections, states_BTH, signal.layers, strict=True)
+            distances = [
+                losses.layer_mse(project(state_BTH.flatten(0, 1)), layer_Nd.to(z_Nd.device))
+                for project, state_BTH, layer_Nd in pairs
+            ]
+            sums["layer_mse"] = torch.stack(distances).mean()
+            loss = loss + objective.weights["layer_mse"] * sums["layer_mse"]
         assert carried.h_LBH is not None and carried.c_LBH is not None, "a block was read"
         return loss, {name: value.detach() for name, value in sums.items()}, (carried.h_LBH, carried.c_LBH)
+
+    def _head_weight(self) -> Tensor:
+        """The head's weight; of a frozen head the same in the type of the step, converted once."""
+        weight_Vd: Tensor = self.student.lm_head.weight
+        device = weight_Vd.device.type
+        if weight_Vd.requires_grad or not torch.is_autocast_enabled(device):
+            return weight_Vd
+        if self._frozen_head_Vd is None:
+            self._frozen_head_Vd = weight_Vd.detach().to(torch.get_autocast_dtype(device))
+        return self._frozen_head_Vd
 
 
 class _TeacherRows:
@@ -236,6 +159,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         need_z, need_weight, need_bias = ctx.needs_input_grad[:3]
         (N, _), V = z_Nd.shape, len(weight_Vd)
         chunk, teacher_chunk, part, tile = chunk_sizes(device, V, compute.itemsize)
+        chunk = math.ceil(N / math.ceil(N / chunk))  # all of about the same size
         tiles = [slice(start, min(start + tile, V)) for start in range(0, V, tile)]
         teacher = _TeacherRows(signal, teacher_chunk) if signal and objective.needs_teacher_logits else None
         with torch.autocast(device, enabled=False):

@@ -1,79 +1,318 @@
-"""Publishing: the finished student, with a model card made from the recipe and the result, on the hub.
+"""Publishing: a finished student on the hub, with a model card made from the recipe and the result.
 
-The card says nothing that the run did not measure. The token comes from where huggingface_hub keeps it
-(`hf auth login` or HF_TOKEN) and is neither printed nor stored.
+    python -m distill.hub runs/quickstart user/name [--private] [--branch dev] [--license apache-2.0]
+    python -m distill.hub runs/quickstart user/name --dry-run       writes runs/quickstart/hub/ and stops
+
+What is uploaded is the folder RUN/hub: configuration, weights, tokenizer, the student's code file, ONNX files (where
+the extra `onnx` is installed), the curves, and a card that says nothing which the run did not measure. One commit
+holds it all, so nobody sees a half of it; what an interrupted upload has brought over is not sent again, and
+publishing the same thing twice changes nothing. The token comes from where huggingface_hub keeps it (`hf auth
+login` or HF_TOKEN) and is neither printed nor stored.
+
+A student is made of its teacher's weights, so it carries the teacher's licence. Where that is not known it is asked
+for, never guessed.
 """
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import json
 import logging
+import shutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCardData
+import httpx
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError
 
 from distill.checkpoint import write_atomically
+from distill.command import guarded
 from distill.config import Recipe, UserError
-from distill.recipe import dump_recipe
+from distill.packaged import PREFIX
+from distill.recipe import dump_recipe, load_recipe
 from distill.result import table_rows
 
 logger = logging.getLogger(__name__)
+PAUSES = (1.0, 4.0, 15.0)  # seconds before trying again after a server's error or a broken connection
 
 
 def publish(recipe: Recipe, result: dict[str, Any]) -> str:
-    """Upload `RUN/student` with its card to `publishing.repo`; returns the address. UserError if the hub refuses."""
+    """Publish a run as its recipe says; returns the address of the commit."""
     publishing = recipe.publishing
     assert publishing.repo is not None, "publishing is asked for by naming a repository"
-    folder = recipe.folder / "student"
-    write_card(recipe, result, folder)
-    api = HfApi()
-    try:
-        api.create_repo(publishing.repo, private=publishing.private, exist_ok=True)
-        if publishing.branch:
-            api.create_branch(publishing.repo, branch=publishing.branch, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=publishing.repo,
-            folder_path=str(folder),
-            revision=publishing.branch,
-            commit_message=f"Student of {recipe.teacher.model}",
-        )
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    folder = stage(recipe, result, publishing.repo)
+    return upload(folder, publishing.repo, publishing.private, publishing.branch, recipe.teacher.model)
+
+
+def stage(
+    recipe: Recipe, result: dict[str, Any], repo: str, license_id: str | None = None, report: Path | None = None
+) -> Path:
+    """Write RUN/hub, the folder that is uploaded; UserError where the teacher's licence is not known.
+
+    `report` is a folder of eval.report, whose table and picture of quality against speed go into the card.
+    """
+    license_id = license_id or teacher_license(recipe.teacher.model, recipe.teacher.revision)
+    if license_id is None:
         raise UserError(
-            f"publishing.repo {publishing.repo}: the hub refused: {reason}. The student lies in {folder}; "
-            "log in with `hf auth login` or set HF_TOKEN, then run the same command again"
-        ) from None
-    logger.info("published: %s", commit.commit_url)
-    return commit.commit_url
+            f"teacher {recipe.teacher.model}: its licence is not known, and the student carries it. Look it up, then "
+            f"python -m distill.hub {recipe.folder} {repo} --license apache-2.0 (or what it is)"
+        )
+    pictures = [recipe.folder / "curves.png"]
+    table = None
+    if report is not None:
+        if not (report / "table.md").is_file():
+            raise UserError(f"--report {report}: expected a folder of eval.report with its table.md, found none")
+        table = (report / "table.md").read_text(encoding="utf-8")
+        pictures.append(report / "frontier.png")
+    source, target = recipe.folder / "student", recipe.folder / "hub"
+    if not (source / "config.json").is_file():
+        raise UserError(f"{recipe.folder}: expected a finished run with student/config.json, found none")
+    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
+        from distill.decoder import write_decoder
+        from distill.export import write_onnx
+        from distill.graph import is_current
+        from distill.torch_decoder import load_student
+
+        names = ("model.onnx", "model_int8.onnx", "decoder.onnx")
+        if not all(is_current(source / name) for name in names):
+            student = load_student(source)
+            for int8 in (False, True):
+                write_onnx(student, source, int8)
+            write_decoder(student, source)
+    else:
+        logger.warning("no ONNX files are published: they need an extra: pip install 'potstill[onnx]'")
+
+    def write(path: Path) -> None:
+        shutil.copytree(source, path)
+        for picture in pictures:
+            if picture.is_file():
+                shutil.copy(picture, path)
+        write_card(recipe, result, path, license_id, repo, table)
+
+    write_atomically(target, write)
+    return target
 
 
-def write_card(recipe: Recipe, result: dict[str, Any], folder: Path) -> None:
-    """Write the model card `README.md` into a student's folder."""
-    hub_teacher = (
-        "/" in recipe.teacher.model and ":" not in recipe.teacher.model and not Path(recipe.teacher.model).exists()
-    )
-    data = ModelCardData(
+def upload(folder: Path, repo: str, private: bool, branch: str | None, teacher: str) -> str:
+    """Upload a folder in one commit; returns its address. UserError if the hub refuses or stays unreachable."""
+    api = HfApi()
+
+    def once() -> str:
+        api.create_repo(repo, private=private, exist_ok=True)
+        if branch:
+            api.create_branch(repo, branch=branch, exist_ok=True)
+        message = f"Student of {teacher}"
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, revision=branch, commit_message=message)
+        return commit.commit_url
+
+    try:
+        address = _retried(once)
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        todo = {
+            401: "log in with `hf auth login` or set HF_TOKEN",
+            403: "the token may not write there: choose a name of your own, or a token with write access",
+        }.get(status or 0, "try again later: what has arrived is not sent twice")
+        raise UserError(f"{repo}: the hub refused: {reason}. The student lies in {folder}; {todo}") from None
+    logger.info("published: %s", address)
+    return address
+
+
+def _retried(once: Callable[[], str]) -> str:
+    """Try again where the server or the connection, not the request, was at fault."""
+    for pause in PAUSES:
+        try:
+            return once()
+        except (HfHubHTTPError, httpx.TransportError) as error:
+            response = getattr(error, "response", None)
+            if response is not None and response.status_code < 500 and response.status_code != 429:
+                raise
+            logger.warning("the hub did not answer as it should (%s); trying again", type(error).__name__)
+            time.sleep(pause)
+    return once()
+
+
+def teacher_license(model: str, revision: str | None = None) -> str | None:
+    """The identifier of a teacher's licence: of its hub card, its folder's card, or its package; None if unknown."""
+    if model.startswith(PREFIX):
+        try:
+            package = metadata(model.removeprefix(PREFIX).partition("/")[0])
+        except PackageNotFoundError:
+            return None
+        found = next(iter([*package.get_all("License-Expression", []), *package.get_all("License", [])]), None)
+    elif Path(model).expanduser().exists():
+        card = Path(model).expanduser() / "README.md"
+        found = ModelCard.load(card).data.license if card.is_file() else None
+    else:
+        try:
+            data = HfApi().model_info(model, revision=revision).card_data
+        except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError):
+            return None
+        found = data.license if data else None
+    # A whole licence text, or "other", names no licence.
+    return found.lower() if isinstance(found, str) and len(found.split()) == 1 and found.lower() != "other" else None
+
+
+def _is_hub_id(name: str) -> bool:
+    return "/" in name and ":" not in name and not name.startswith((".", "/", "~")) and not Path(name).exists()
+
+
+def card_data(recipe: Recipe, result: dict[str, Any], license_id: str | None) -> ModelCardData:
+    """The card's metadata, with the results in the form that the hub shows beside a model."""
+    teacher, corpus, student = recipe.teacher.model, recipe.corpus.source, result["student"]
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=corpus if _is_hub_id(corpus) else recipe.corpus.source.rsplit("/", 1)[-1],
+            dataset_name=f"{corpus}, validation documents of the run",
+            metric_type=figure,
+            metric_value=student[figure],
+            metric_name=name,
+        )
+        for figure, name in (
+            ("perplexity", "perplexity per token"),
+            ("bits_per_byte", "bits per byte"),
+            ("kl_to_teacher_nats", "KL(teacher || student), nats per token"),
+            ("top1_agreement", "top-1 agreement with the teacher"),
+        )
+        if figure in student
+    ]
+    return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["potstill", "lstm", "distillation"],
-        base_model=recipe.teacher.model if hub_teacher else None,
+        tags=["potstill", "lstm", "distillation", "knowledge-distillation", "custom_code"],
+        license=license_id,
+        base_model=teacher if _is_hub_id(teacher) else None,
+        datasets=[corpus] if _is_hub_id(corpus) else None,
+        model_name=recipe.run.name,
+        eval_results=results,
     )
-    rows, place = table_rows(result), recipe.publishing.repo or "PATH"
-    table = [
-        " | ".join(rows[0]),
-        " | ".join("---" for _ in rows[0]),
-        *(" | ".join(row.values()) for row in rows),
-    ]
-    lines = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {recipe.run.name}: an LSTM distilled from {recipe.teacher.model}",
-        "A causal language model with constant memory per token, made with Potstill. Validation on "
-        f"{result['student']['tokens']:,} tokens of {recipe.corpus.source}:",
-        "\n".join(f"| {row} |" for row in table),
+
+
+def write_card(
+    recipe: Recipe,
+    result: dict[str, Any],
+    folder: Path,
+    license_id: str | None = None,
+    repo: str | None = None,
+    trade_off: str | None = None,
+) -> None:
+    """Write the model card `README.md` into a student's folder. `trade_off` is a table of quality against speed."""
+    place, rows, student = repo or recipe.publishing.repo or "PATH", table_rows(result), result["student"]
+    table = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    config = json.loads((recipe.folder / "student" / "config.json").read_text(encoding="utf-8"))
+    load = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{place}", trust_remote_code=True)\n```',
+        f'model = AutoModelForCausalLM.from_pretrained("{place}", trust_remote_code=True)\n```'
+    )
+    draft = (
+        "```python\n"
+        f'teacher = AutoModelForCausalLM.from_pretrained("{recipe.teacher.model}")\n'
+        "teacher.generate(**inputs, assistant_model=model)  # the teacher's own text, sooner\n```"
+    )
+    paragraphs = [
+        f"---\n{card_data(recipe, result, license_id).to_yaml()}\n---",
+        f"# {recipe.run.name}: an LSTM distilled from {recipe.teacher.model}",
+        f"A causal language model of {student['parameters'] / 1e6:.1f} M parameters ({config['num_layers']} LSTM "
+        f"layers of {config['hidden_size']} units) with constant memory per token, made with Potstill. Validation on "
+        f"{student['tokens']:,} tokens of {recipe.corpus.source}:",
+        "\n".join(f"| {' | '.join(row)} |" for row in table),
+        "`ppl` is perplexity per token, `KL` is KL(teacher ‖ model) in nats, `top-1` how often both find the same "
+        "token likeliest, `tok/s` greedy decoding at batch 1.",
+        *_control(result),
+        *_picture(folder, "curves.png", "Validation loss over training"),
+        *(["## Quality against speed", trade_off.strip()] if trade_off else []),
+        *_picture(folder, "frontier.png", "Quality against speed"),
+        "## Use",
+        load,
+        *(["To draft for its teacher:", draft] if _is_hub_id(recipe.teacher.model) else []),
+        *_onnx(folder, place),
+        "## Where it comes from",
+        f"- Teacher: {recipe.teacher.model}, licence {license_id or 'not stated'}, which this student carries.\n"
+        f"- Text: {recipe.corpus.source}, {result['corpus']['train_tokens']:,} tokens in "
+        f"{result['corpus']['train_documents']:,} training documents (fingerprint {result['corpus']['fingerprint']}); "
+        "see there for its licence.\n"
+        f"- Soft targets: {_sentence(result['targets'])}.\n"
+        f"- Software: {_sentence(result['versions'])}.",
+        "## Limits",
+        "It is small and knows less than its teacher by the table above; it repeats what the teacher gets wrong and "
+        "what the text holds. It was not tuned to follow instructions or to refuse anything; do not rely on it for "
+        "facts.",
         f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```",
     ]
-    write_atomically(folder / "README.md", lambda path: path.write_text("\n\n".join(lines) + "\n", encoding="utf-8"))
+    text = "\n\n".join(paragraphs) + "\n"
+    write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _picture(folder: Path, name: str, title: str) -> list[str]:
+    return [f"![{title}]({name})"] if (folder / name).is_file() else []
+
+
+def _control(result: dict[str, Any]) -> list[str]:
+    if "control" not in result:
+        return []
+    match = result["control"]["match"].replace("_", " ")
+    return [
+        f"The control is the same LSTM from random weights, trained by cross-entropy alone at equal {match}; "
+        f"distillation gained {result['distillation_gain_nats']:+.3f} nats over it."
+    ]
+
+
+def _onnx(folder: Path, place: str) -> list[str]:
+    if not (folder / "decoder.onnx").is_file():
+        return []
+    return [
+        "Without torch, fast on a CPU (`pip install 'potstill[onnx]'`):",
+        f'```sh\npython -m distill.decode {place} --prompt "Once"\n```',
+        "`model.onnx` and `model_int8.onnx` read `input_ids`, `h`, `c` (zeros at first) and give `logits`, `h_next`, "
+        "`c_next`; keep them beside their `.safetensors`.",
+    ]
+
+
+def _sentence(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in values.items())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m distill.hub", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", metavar="RUN", help="the folder of a finished run")
+    parser.add_argument("repo", metavar="USER/NAME")
+    parser.add_argument("--private", action="store_true", help="create the repository as a private one")
+    parser.add_argument("--branch", help="push to this branch, made if it is not there (default: the main one)")
+    parser.add_argument("--license", metavar="ID", help="the teacher's licence, where it cannot be found")
+    parser.add_argument("--report", type=Path, help="a folder of eval.report: its table and picture go into the card")
+    parser.add_argument("--dry-run", action="store_true", help="write the folder that would be uploaded, and stop")
+    options = parser.parse_args(arguments)
+    return guarded(lambda: _run(options))
+
+
+def _run(options: argparse.Namespace) -> None:
+    if options.repo.count("/") != 1 or not all(options.repo.split("/")):
+        raise UserError(f"expected a repository as user/name, found {options.repo!r}")
+    recipe, file = load_recipe(options.run), Path(options.run) / "result.json"
+    if not file.is_file():
+        raise UserError(f"{options.run}: expected a finished run with its result.json, found none")
+    # A run folder may have been moved since; what stands in it counts.
+    place = file.resolve().parent
+    run = recipe.run.model_copy(update={"output_dir": place.parent, "name": place.name})
+    recipe = recipe.model_copy(update={"run": run})
+    result = json.loads(file.read_text(encoding="utf-8"))
+    folder = stage(recipe, result, options.repo, options.license, options.report)
+    if options.dry_run:
+        print(folder)
+        return
+    print(upload(folder, options.repo, options.private, options.branch, recipe.teacher.model))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

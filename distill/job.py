@@ -13,11 +13,13 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 import yaml
@@ -27,7 +29,7 @@ from accelerate.utils import set_seed
 from distill.checkpoint import write_atomically, write_json
 from distill.config import Length, Recipe, StageConfig, UserError
 from distill.corpus import Blocks, Corpus, Split, load_corpus
-from distill.metrics import Documents, Score, build_reference, reading_window, score, score_reference
+from distill.metrics import Documents, Reference, Score, build_reference, reading_window, score, score_reference
 from distill.progress import Progress
 from distill.recipe import dump_recipe
 from distill.result import compare, plot_curves, print_result, table_rows, versions
@@ -38,6 +40,7 @@ from distill.teacher import LanguageModel, hardware_has_bf16, load_teacher, wrap
 from distill.tracking import Tracker
 from distill.train import Training, micro_batch_size
 from distill.transplant import build_student
+from distill.vocabulary import trim_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +84,7 @@ class _Job:
         recipe = self.recipe
         with self._timed("teacher_and_text"):
             parts = TeacherAndText(recipe, self.accelerator)
-            teacher, corpus = parts.teacher, parts.corpus
+            teacher, corpus = parts.teacher, parts.corpus  # over the student's vocabulary
         with self._timed("teacher_validation"):
             validator = Validator(recipe, corpus, teacher, self.accelerator)
         with self._timed("targets"):
@@ -103,8 +106,8 @@ class _Job:
                 transplant=recipe.student.transplant,
             )
             training = Training(
-                "student", stages=recipe.stages, student=network, blocks=parts.cached_blocks, targets=targets, **shared,
-                fit_tokens=recipe.student.fit_tokens if recipe.student.transplant else 0,
+                "student", stages=recipe.stages, student=network, blocks=parts.blocks, targets=targets, **shared,
+                blocks_with_targets=parts.cached_blocks, transplant=recipe.student.transplant,
             )  # fmt: skip
             progress = training.run()
         curves = {"student": progress.points}
@@ -129,8 +132,14 @@ class _Job:
             for name, network in students.items():
                 models[name] = wrap(network, teacher.tokenizer, name)
                 scores[name] = validator(network)
+            # The network behind a trimmed teacher speaks in its own tokens.
+            models["teacher"], separators = parts.whole_teacher, {"teacher": parts.whole_corpus.separator_id}
             for name, model in models.items():
-                result[name] = {**scores[name].as_dict(), **self._size_and_speed(model, corpus.separator_id)}
+                separator = separators.get(name, corpus.separator_id)
+                result[name] = {**scores[name].as_dict(), **self._size_and_speed(model, separator)}
+            if parts.vocabulary:
+                whole = validator.score_teacher(parts.whole_teacher, parts.whole_corpus.validation)
+                result["vocabulary"] = {**parts.vocabulary, "whole_teacher": whole.as_dict()}
             result["teacher"]["model"] = recipe.teacher.model
             result["samples"] = self._samples(models["student"], corpus.separator_id)
         result["student"]["tokens_trained"] = progress.now.tokens
@@ -170,14 +179,14 @@ class _Job:
             write_atomically(folder / name, save)
         picture = folder / "curves.png"
         plot_curves(result, picture)
-        if self.recipe.publishing.repo:
-            from distill.hub import publish
-
-            publish(self.recipe, result)
         self.tracker.log_samples(result["samples"])
         write_json(folder / "result.json", result)
         self.tracker.log_result(result, table_rows(result), picture, [folder / "result.json", folder / "recipe.yaml"])
         print_result(result, folder)
+        if self.recipe.publishing.repo:  # last: what the hub refuses can be published by distill/hub.py at any time
+            from distill.hub import publish
+
+            publish(self.recipe, result)
 
     def _size_and_speed(self, model: LanguageModel, separator_id: int) -> dict[str, float | int]:
         return {
@@ -207,13 +216,37 @@ class TeacherAndText:
             self.teacher.check_window(
                 recipe.teacher.context + recipe.corpus.block_length, packed=recipe.corpus.reset_at_documents
             )
-        self.encoding = make_encoding(recipe.targets, self.teacher.vocab_size)
         with accelerator.main_process_first():
-            self.corpus = load_corpus(recipe.corpus, self.teacher.tokenizer, progress=accelerator.is_main_process)
+            self.corpus = self._corpus()
+        self.whole_teacher, self.whole_corpus = self.teacher, self.corpus
+        self.vocabulary: dict[str, int] = {}  # what was kept and cut, if anything
+        if recipe.student.vocabulary_min_count is not None:
+            self._trim_vocabulary(recipe.student.vocabulary_min_count)
+        self.encoding = make_encoding(recipe.targets, self.teacher.vocab_size)
+        if any("layer_mse" in stage.objective for stage in recipe.stages):
+            blocks, depth = recipe.student.num_layers, self.teacher.model.config.get_text_config().num_hidden_layers
+            layers = tuple(round((block + 1) * depth / blocks) for block in range(blocks))
+            self.encoding = replace(self.encoding, layers=layers)
         self.blocks = Blocks(
             self.corpus.train, recipe.corpus.block_length, recipe.teacher.context, recipe.corpus.reset_at_documents
         )
         self.cached_blocks = cached_blocks(self.blocks, recipe.targets.max_tokens)
+
+    def _corpus(self) -> Corpus:
+        return load_corpus(self.recipe.corpus, self.teacher.tokenizer, progress=self.accelerator.is_main_process)
+
+    def _trim_vocabulary(self, min_count: int) -> None:
+        """Go on with a part of the vocabulary, in teacher and text; the whole ones are kept to be compared with."""
+        whole = self.whole_corpus
+        occurrences = np.bincount(whole.train.tokens, minlength=self.teacher.vocab_size)
+        trimmed = trim_tokenizer(self.teacher.tokenizer, occurrences, min_count)
+        self.teacher = self.teacher.trimmed(trimmed.tokenizer, trimmed.teacher_ids_V)
+        with self.accelerator.main_process_first():
+            self.corpus = self._corpus()
+        self.vocabulary = {"min_count": min_count, **trimmed.counts}
+        for side in ("train", "validation", "test"):
+            self.vocabulary[f"{side}_tokens_before"] = len(getattr(whole, side).tokens)
+            self.vocabulary[f"{side}_tokens"] = len(getattr(self.corpus, side).tokens)
 
     def targets(self) -> Targets:
         """From the cache or the live teacher, as the recipe says."""
@@ -238,11 +271,8 @@ class Validator:
     def __init__(self, recipe: Recipe, corpus: Corpus, teacher: LanguageModel, accelerator: Accelerator) -> None:
         self.evaluation, self.accelerator, self.tokenizer = recipe.evaluation, accelerator, teacher.tokenizer
         self.documents = select_documents(corpus.validation, recipe.evaluation.max_tokens)
-        self.share = _every(self.documents, accelerator.process_index, accelerator.num_processes)
-        window, context = reading_window(teacher, recipe.evaluation)
-        self.reference = build_reference(
-            teacher, self.share, window=window, context=context, batch_tokens=recipe.evaluation.batch_tokens
-        )
+        self.share = self._share_of(self.documents)
+        self.reference = self._read(teacher, self.share)
         self.teacher_score = self._over_all(score_reference(self.reference, self.share))
         uniform = torch.tensor(float(teacher.vocab_size)).log().item()
         if self.teacher_score.nll_nats > uniform + 1:
@@ -263,6 +293,19 @@ class Validator:
             reference=self.reference,
         )
         return self._over_all(local)
+
+    def score_teacher(self, teacher: LanguageModel, split: Split) -> Score:
+        """The score of another teacher on the same documents, `split` being the same text in its tokens."""
+        share = self._share_of(_documents(split, range(len(self.documents.tokens))))
+        return self._over_all(score_reference(self._read(teacher, share), share))
+
+    def _share_of(self, documents: Documents) -> Documents:
+        return _every(documents, self.accelerator.process_index, self.accelerator.num_processes)
+
+    def _read(self, teacher: LanguageModel, share: Documents) -> Reference:
+        window, context = reading_window(teacher, self.evaluation)
+        batch_tokens = self.evaluation.batch_tokens
+        return build_reference(teacher, share, window=window, context=context, batch_tokens=batch_tokens)
 
     def _over_all(self, local: Score) -> Score:
         """Sums over processes."""
@@ -293,7 +336,12 @@ def select_documents(split: Split, max_tokens: int | None) -> Documents:
             break
         chosen.append(number)
         total += size
-    return Documents([split.document(n) for n in chosen], split.utf8_bytes[chosen], split.words[chosen])
+    return _documents(split, chosen)
+
+
+def _documents(split: Split, chosen: Sequence[int]) -> Documents:
+    numbers = list(chosen)
+    return Documents([split.document(n) for n in numbers], split.utf8_bytes[numbers], split.words[numbers])
 
 
 def _every(documents: Documents, first: int, step: int) -> Documents:
@@ -311,6 +359,7 @@ def _control_stage(recipe: Recipe, student: Progress) -> StageConfig:
         name="control",
         objective={"cross_entropy": 1.0},
         length=length,
+        candidates=control.candidates,
         learning_rate=control.learning_rate,
         schedule=control.schedule,
         warmup=control.warmup,

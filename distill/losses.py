@@ -61,6 +61,11 @@ def hidden_mse(student_Nd: Tensor, teacher_Nd: Tensor) -> Tensor:
     return (student_Nd.float() - teacher_Nd.float()).square().mean(-1).sum()
 
 
+def layer_mse(projected_Nd: Tensor, teacher_Nd: Tensor) -> Tensor:
+    """`hidden_mse` to an inner state of the teacher, normalised: such states have a few dimensions of huge size."""
+    return hidden_mse(projected_Nd, F.layer_norm(teacher_Nd.float(), teacher_Nd.shape[-1:]))
+
+
 Divergence = Callable[..., Tensor]
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": forward_kl,

@@ -26,7 +26,7 @@ def compare(student: Points, control: Points) -> dict[str, Any]:
     """
     best_control = min(control, key=lambda point: point["nll_nats"])
     best_student = min(student, key=lambda point: point["nll_nats"])
-    reached = _first_crossing(student, best_control["nll_nats"])
+    reached = first_crossing(student, best_control["nll_nats"])
     tokens = min(student[-1]["tokens"], control[-1]["tokens"])
     at_tokens = {
         name: float(np.interp(tokens, [p["tokens"] for p in points], [p["nll_nats"] for p in points]))
@@ -42,7 +42,7 @@ def compare(student: Points, control: Points) -> dict[str, Any]:
     }
 
 
-def _first_crossing(points: Points, target: float) -> float | None:
+def first_crossing(points: Points, target: float) -> float | None:
     """Seconds at which a curve first falls to `target`, linearly interpolated between validations."""
     before: dict[str, Any] | None = None
     for point in points:

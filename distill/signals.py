@@ -21,15 +21,22 @@ ENCODING_ROWS = 128  # tokens whose logits exist at one time while a sparse sign
 
 @dataclass(frozen=True)
 class Head:
-    """A language model's output layer: logits = softcap(scale * (W h + b)).
+    """A language model's output layer: logits = softcap(scale * (W h + b)) + offset.
 
-    `weight_Vd` (V, d), `bias_V` (V,) or None; `softcap` c applies c tanh(x / c), as in Gemma 2.
+    `weight_Vd` (V, d), `bias_V` and `offset_V` (V,) or None; `softcap` c applies c tanh(x / c), as in Gemma 2.
     """
 
     weight_Vd: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    offset_V: Tensor | None = None
+
+    def rows(self, ids_C: Tensor, offset_C: Tensor) -> Head:
+        """The head of some outcomes, with an offset for each."""
+        ids_C, offset_C = ids_C.to(self.weight_Vd.device), offset_C.to(self.weight_Vd.device)
+        bias_C = None if self.bias_V is None else self.bias_V[ids_C]
+        return Head(self.weight_Vd[ids_C], bias_C, self.scale, self.softcap, offset_C)
 
     def logits(self, hidden_Nd: Tensor) -> Tensor:
         """(N, d) -> (N, V) in fp32; the matrix product runs in the weight's own type."""
@@ -51,6 +58,8 @@ class Head:
             logits_NV = logits_NV * self.scale
         if self.softcap is not None:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
+        if self.offset_V is not None:
+            logits_NV = logits_NV + self.offset_V
         return logits_NV
 
 
@@ -66,10 +75,11 @@ class DenseSignal:
 
 @dataclass(frozen=True)
 class HiddenSignal:
-    """The teacher's final hidden states (N, d), after its last norm, and its head."""
+    """The teacher's final hidden states (N, d), after its last norm, and its head; `layers`: states (N, d) within."""
 
     hidden_Nd: Tensor
     head: Head
+    layers: tuple[Tensor, ...] = ()
 
     def logits(self, rows: slice) -> Tensor:
         return self.head.logits(self.hidden_Nd[rows])
@@ -108,13 +118,15 @@ Signal = DenseSignal | HiddenSignal | SparseSignal
 class Encoding:
     """Which signal is made of the teacher's hidden states: `dense`, `hidden`, `top_k` or `sampled`.
 
-    `outcomes` is K of the sparse kinds, `temperature` that of their softmax, `seed` that of the sampling.
+    `outcomes` is K of the sparse kinds, `temperature` that of their softmax, `seed` that of the sampling; `layers` are
+    depths whose states go along with the final ones, counted in layers from the embedding.
     """
 
     kind: str
     outcomes: int = 0
     temperature: float = 1.0
     seed: int = 0
+    layers: tuple[int, ...] = ()
 
     def signal(self, hidden_Nd: Tensor, head: Head, block_ids: Sequence[int]) -> Signal:
         """The signal of N = len(block_ids) * T tokens; what is drawn at random follows from each block's number."""

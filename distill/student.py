@@ -22,8 +22,9 @@ block, or the first real token after padding.
 """
 
 import copy
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from transformers.utils import can_return_tuple
 
 LayerState = tuple[Tensor, Tensor]  # (h_1BH, c_1BH), as nn.LSTM takes and gives them
 Piece = tuple[int, int, Tensor | None]  # positions [begin, end), and which rows forget before `begin` (1B1)
+Read = Callable[[int], tuple[Tensor, list[LayerState]]]  # see LSTMModel.forward
 
 
 class LSTMConfig(PreTrainedConfig):
@@ -97,21 +99,39 @@ class LSTMConfig(PreTrainedConfig):
             raise ValueError("LSTMConfig: " + "; ".join(problems))
 
 
+class Call(NamedTuple):
+    """One forward call that may be taken back: the state before it, and how to read its first n positions again."""
+
+    begin: int
+    h_LBH: Tensor | None
+    c_LBH: Tensor | None
+    read: Read
+
+
 class LSTMCache:
     """The state after the tokens read so far; what `past_key_values` is for this model.
 
-    `h_LBH` and `c_LBH` are None before the first token. The model replaces the tensors and never writes
-    into them, so `copy.copy(cache)` is a free snapshot to come back to. Not a `transformers.Cache`: that
-    is a list of layers of keys and values which grow; `generate` needs only the methods below.
+    `h_LBH` and `c_LBH` are None before the first token. The model replaces the tensors and never writes into
+    them, so `copy.copy(cache)` is a free snapshot, and outside training the cache remembers the state before
+    each of its recent calls: `crop` goes back to one of these and reads on from there. That covers at least
+    the last `REWINDABLE` positions at 2 * L * H numbers a call. Not a `transformers.Cache`: that is a list of
+    layers of keys and values which grow; `generate` needs only the methods below.
     """
 
+    REWINDABLE = 64
     is_compileable = False
-    is_croppable = False
+    is_croppable = True
 
     def __init__(self, h_LBH: Tensor | None = None, c_LBH: Tensor | None = None, seen_tokens: int = 0):
         self.h_LBH = h_LBH
         self.c_LBH = c_LBH
         self.seen_tokens = seen_tokens
+        self.calls: deque[Call] = deque()
+
+    def __copy__(self) -> "LSTMCache":
+        copied = LSTMCache(self.h_LBH, self.c_LBH, self.seen_tokens)
+        copied.calls.extend(self.calls)
+        return copied
 
     def layer(self, layer_idx: int) -> LayerState | None:
         """State of one layer, or None if nothing was read yet."""
@@ -119,17 +139,53 @@ class LSTMCache:
             return None
         return self.h_LBH[layer_idx : layer_idx + 1], self.c_LBH[layer_idx : layer_idx + 1]
 
-    def update(self, states: list[LayerState], new_tokens: int) -> None:
-        """Take the state of every layer after `new_tokens` further positions."""
+    def update(self, states: list[LayerState], new_tokens: int, read: Read | None = None) -> None:
+        """Take the state of every layer after `new_tokens` further positions; without `read` there is no way back."""
+        if read is None:
+            self.calls.clear()
+        else:
+            self.calls.append(Call(self.seen_tokens, self.h_LBH, self.c_LBH, read))
+        self._take(states)
+        self.seen_tokens += new_tokens
+        while len(self.calls) > 1 and self.calls[1].begin <= self.seen_tokens - self.REWINDABLE:
+            self.calls.popleft()
+
+    def _take(self, states: list[LayerState]) -> None:
         self.h_LBH = torch.cat([h_1BH for h_1BH, _ in states])
         self.c_LBH = torch.cat([c_1BH for _, c_1BH in states])
-        self.seen_tokens += new_tokens
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Positions read so far, padding included. Memory does not depend on it."""
         return self.seen_tokens
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last -n positions, or, as older callers have it, all but the first n. Keeps the rest exactly.
+
+        Raises:
+            ValueError: going back further than the cache remembers.
+        """
+        keep = self.seen_tokens + tokens_to_remove if tokens_to_remove <= 0 else tokens_to_remove
+        if keep >= self.seen_tokens:
+            return
+        oldest = self.calls[0].begin if self.calls else self.seen_tokens
+        if keep < oldest:
+            raise ValueError(
+                f"crop: {keep} of {self.seen_tokens} positions are to be kept, but this state can only go back to "
+                f"{oldest}: it remembers {self.REWINDABLE} positions, none from training or before its rows were "
+                "selected, reordered or repeated; keep copy.copy(cache) to come back to"
+            )
+        while (call := self.calls.pop()).begin > keep:
+            pass
+        self.h_LBH, self.c_LBH, self.seen_tokens = call.h_LBH, call.c_LBH, keep
+        if keep > call.begin:
+            self._take(call.read(keep - call.begin)[1])
+            self.calls.append(call)
+
+    def activate_past_recording(self) -> None:
+        """What assisted generation asks for before it crops; recent calls are always remembered."""
+
     def _change(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.calls.clear()  # they were read with other rows
         if self.h_LBH is not None and self.c_LBH is not None:
             self.h_LBH, self.c_LBH = change(self.h_LBH), change(self.c_LBH)
 
@@ -146,17 +202,13 @@ class LSTMCache:
     def reset(self) -> None:
         """Forget everything."""
         self.h_LBH, self.c_LBH, self.seen_tokens = None, None, 0
+        self.calls.clear()
 
     def detach(self) -> "LSTMCache":
         """A copy cut off from the graph: carries the state, not the gradient (truncated BPTT)."""
         detached = copy.copy(self)
         detached._change(Tensor.detach)
         return detached
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to rewind (NotImplementedError): (h, c) of earlier positions is not kept."""
-        if tokens_to_remove != 0:
-            raise NotImplementedError("an LSTM state has no history; keep copy.copy(cache) from before instead")
 
 
 class LSTMBlock(nn.Module):
@@ -204,8 +256,7 @@ class LSTMPreTrainedModel(PreTrainedModel):
 
     config_class = LSTMConfig
     base_model_prefix = "model"
-    # The library refuses assisted generation *for* such a model: it would have to un-read rejected drafts.
-    _is_stateful = True
+    _no_split_modules = ["LSTMModel"]  # device_map: the state of all layers is one tensor
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -264,17 +315,24 @@ class LSTMModel(LSTMPreTrainedModel):
         if attention_mask is not None:
             start_BT = _starts_after_padding(attention_mask, T, use_cache)
             reset_BT = start_BT if reset_BT is None else reset_BT | start_BT
-        pieces = _cut(reset_BT, T)
 
-        x_BTH = F.dropout(self.input_projection(embedded_BTd), self.config.input_dropout, self.training)
-        states = []
-        for layer_idx, block in enumerate(self.layers):
-            x_BTH, state = block(x_BTH, cache.layer(layer_idx), pieces)
-            states.append(state)
+        input_BTH = F.dropout(self.input_projection(embedded_BTd), self.config.input_dropout, self.training)
+        before = [cache.layer(layer_idx) for layer_idx in range(len(self.layers))]
+
+        def read(end: int) -> tuple[Tensor, list[LayerState]]:
+            """The residual stream of the first `end` positions, and every layer's state after them."""
+            x_BtH, states = input_BTH[:, :end], []
+            pieces = _cut(None if reset_BT is None else reset_BT[:, :end], end)
+            for block, state in zip(self.layers, before, strict=True):
+                x_BtH, state = block(x_BtH, state, pieces)
+                states.append(state)
+            return x_BtH, states
+
+        x_BTH, states = read(T)
         z_BTd = self.output_projection(self.norm(x_BTH))
 
         if use_cache:
-            cache.update(states, T)
+            cache.update(states, T, None if self.training else read)
         returned: Any = cache if use_cache else None  # the library's type is its own Cache
         return BaseModelOutputWithPast(last_hidden_state=z_BTd, past_key_values=returned)
 
@@ -292,7 +350,15 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        return False  # generate() then leaves making the cache to the first forward call
+        return False  # generate() then leaves making the cache to us
+
+    def _prepare_cache_for_generation(
+        self: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> bool:
+        prepared = GenerationMixin._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
+        if generation_config.use_cache is not False and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = LSTMCache()
+        return prepared
 
     @can_return_tuple  # return_dict=False
     def forward(

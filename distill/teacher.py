@@ -15,10 +15,11 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -28,7 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from distill.config import TeacherConfig, UserError
 from distill.corpus import BlockBatch, cache_root
 from distill.packaged import resolve_package
-from distill.signals import Encoding, Head, Signal
+from distill.signals import Encoding, Head, HiddenSignal, Signal
 from distill.student import LSTMForCausalLM  # its import makes the Auto classes know the student's folders
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,13 +48,15 @@ def hardware_has_bf16(device: torch.device) -> bool:
 class LanguageModel:
     """A frozen causal language model, cut at its head, with its tokenizer.
 
-    `vocab_size` is the number of token ids that exist; padding rows of the head are cut off.
+    `vocab_size` is the number of token ids that exist; padding rows of the head are cut off. With a trimmed vocabulary
+    `kept_ids_V` are the network's own ids of its tokens, and tokenizer and head are trimmed alike.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     head: Head
     name: str
+    kept_ids_V: Tensor | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -82,18 +85,38 @@ class LanguageModel:
         """Tokens that the model can read at once; infinite for a recurrent one."""
         return getattr(self.model.config, "max_position_embeddings", None) or float("inf")
 
+    @property
+    def embedding_Vd(self) -> Tensor:
+        """Input embeddings of the tokens that exist."""
+        weight_Vd: Tensor = cast(Any, self.model.get_input_embeddings()).weight.detach()
+        return weight_Vd[: self.vocab_size] if self.kept_ids_V is None else weight_Vd[self.kept_ids_V]
+
+    def trimmed(self, tokenizer: PreTrainedTokenizerBase, kept_ids: np.ndarray) -> LanguageModel:
+        """This model over a part of its vocabulary, with the tokenizer for it."""
+        kept_ids_V = torch.from_numpy(kept_ids).to(self.device)
+        weight_Vd, bias_V = self.head.weight_Vd[kept_ids_V], self.head.bias_V
+        head = replace(self.head, weight_Vd=weight_Vd, bias_V=None if bias_V is None else bias_V[kept_ids_V])
+        return replace(self, tokenizer=tokenizer, head=head, kept_ids_V=kept_ids_V)
+
     def hidden(self, input_ids_BW: Tensor, position_ids_BW: Tensor | None = None) -> Tensor:
         """Final hidden states (B, W, d), after the last norm."""
+        return self._read(input_ids_BW, position_ids_BW).last_hidden_state
+
+    def _read(self, input_ids_BW: Tensor, position_ids_BW: Tensor | None, **extra: Any) -> Any:
+        """What the network below the head returns."""
+        input_ids_BW = input_ids_BW.to(self.device)
+        if self.kept_ids_V is not None:
+            input_ids_BW = self.kept_ids_V[input_ids_BW]
+        if position_ids_BW is not None and not isinstance(self.model, LSTMForCausalLM):  # which counts for itself
+            extra["position_ids"] = position_ids_BW.to(self.device)
         with torch.inference_mode():
-            recurrent = isinstance(self.model, LSTMForCausalLM)  # which counts for itself
-            extra = {} if position_ids_BW is None or recurrent else {"position_ids": position_ids_BW.to(self.device)}
-            output = self.model.base_model(input_ids=input_ids_BW.to(self.device), use_cache=False, **extra)
-            return output.last_hidden_state
+            return self.model.base_model(input_ids=input_ids_BW, use_cache=False, **extra)
 
     def signal(self, batch: BlockBatch, encoding: Encoding) -> Signal:
         """What the teacher says about a batch of blocks; N = B * T rows in the order of the labels."""
         block_length = batch.inputs_BT.shape[1]
-        hidden_Nd = self.hidden(batch.window_BW, batch.positions_BW)[:, -block_length:].flatten(0, 1)
+        output = self._read(batch.window_BW, batch.positions_BW, output_hidden_states=bool(encoding.layers))
+        hidden_Nd = output.last_hidden_state[:, -block_length:].flatten(0, 1)
         if not torch.isfinite(hidden_Nd).all():
             raise UserError(
                 f"teacher {self.name}: its output on blocks {batch.block_ids_B.tolist()} is not finite; "
@@ -102,7 +125,12 @@ class LanguageModel:
             )
         hidden_Nd = hidden_Nd.to(self.head.weight_Vd.device)  # a spread-out teacher may have them apart
         with torch.inference_mode():
-            return encoding.signal(hidden_Nd, self.head, batch.block_ids_B.tolist())
+            signal = encoding.signal(hidden_Nd, self.head, batch.block_ids_B.tolist())
+        if encoding.layers:
+            assert isinstance(signal, HiddenSignal), "the recipe asks for hidden states with layer_mse"
+            layers = [output.hidden_states[depth][:, -block_length:].flatten(0, 1) for depth in encoding.layers]
+            return replace(signal, layers=tuple(layers))
+        return signal
 
     def check_window(self, window: int, packed: bool) -> None:
         """Raise UserError where windows are longer than the model allows, or packed documents are not kept apart."""

@@ -18,11 +18,13 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
@@ -30,20 +32,21 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from distill.candidates import Candidates, CandidateSampler
 from distill.checkpoint import Checkpoints, load_state, load_tensors, restore_optimizer, write_atomically
 from distill.config import Recipe, StageConfig, UserError
 from distill.corpus import BlockBatch, Blocks, lane_order
-from distill.fused import Objective, State, StudentWithLoss
-from distill.metric import HiddenMetric, MetricSums
+from distill.fused import State, StudentWithLoss
+from distill.groundwork import Groundwork, States
 from distill.metrics import Score
+from distill.objective import Objective
 from distill.progress import Clock, Interrupted, Progress, StopFlag
 from distill.schedule import learning_rate_factor
 from distill.signals import Encoding, HiddenSignal
-from distill.student import LSTMCache, LSTMForCausalLM
+from distill.student import LSTMForCausalLM
 from distill.targets import Targets
 from distill.teacher import LanguageModel
 from distill.tracking import VALIDATION_FIGURES, Tracker
-from distill.transplant import OutputFit
 
 logger = logging.getLogger(__name__)
 
@@ -64,23 +67,29 @@ class Training:
         accelerator: Accelerator,
         tracker: Tracker,
         targets: Targets | None = None,
+        blocks_with_targets: Blocks | None = None,
         validate_at_tokens: int | None = None,
-        fit_tokens: int = 0,
+        transplant: bool = False,
     ) -> None:
         self.name, self.recipe, self.stages = name, recipe, stages
         self.student = student.to(accelerator.device)
-        self.blocks, self.teacher, self.targets = blocks, teacher, targets
+        self.all_blocks, self.blocks_with_targets = blocks, blocks_with_targets or blocks
+        self.blocks = self.blocks_with_targets  # of the stage at hand
+        self.teacher, self.targets = teacher, targets
         self.validate, self.accelerator, self.tracker = validate, accelerator, tracker
         self.validate_at_tokens = validate_at_tokens
-        self.fit_tokens = fit_tokens
+        self.transplant = transplant
+        self.groundwork = Groundwork(teacher, student, accelerator, self._first_states)
         self.checkpoints = Checkpoints(recipe.folder / "checkpoints" / name, recipe.run.keep_checkpoints)
         self.log_file = recipe.folder / f"{name}.log.jsonl"
         self.lanes = recipe.run.batch_size
+        lane_order(len(self.blocks), self.lanes, epoch=0, seed=recipe.run.seed)  # UserError if it is too short
         self.micro = micro_batch_size(recipe, accelerator.num_processes)
         self.tokens_per_step = self.lanes * recipe.corpus.block_length
-        self.steps_per_epoch = len(lane_order(len(blocks), self.lanes, epoch=0, seed=recipe.run.seed))
         self.progress = Progress()
         self.states: dict[int, State] = {}  # carried (h, c) by micro-batch
+        self.sampler: CandidateSampler | None = None
+        self.aids: dict[str, Tensor] = {}  # what a stage trains besides the student: the projections of layer_mse
 
     # ---------------------------------------------------------------- the whole training
 
@@ -93,8 +102,9 @@ class Training:
         if resumed is None and self.targets is not None:
             self._spend(self.targets.seconds)
             self.progress.teacher_seconds = self.targets.seconds
-        if resumed is None and self.fit_tokens:
-            self._fit_output()
+        if resumed is None:
+            with self._spending():
+                self.groundwork.initialise(self.recipe.student, self.transplant, self.occurrences_V)
         with StopFlag() as stop, logging_redirect_tqdm():
             while not self.progress.done:
                 self._run_stage(self.stages[self.progress.stage], resumed, stop)
@@ -107,12 +117,17 @@ class Training:
 
     def _run_stage(self, stage: StageConfig, resumed: Path | None, stop: StopFlag) -> None:
         progress, accelerator = self.progress, self.accelerator
+        self.blocks = self._blocks_of(stage)
         model, optimizer = self._prepare(stage)
         if resumed is not None:
             state = load_state(resumed)
             if state["optimizer_groups"]:
                 restore_optimizer(optimizer, resumed, state)
-        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta, self._metric(stage, resumed is None))
+                _put(load_tensors(resumed, "model.safetensors"), self.aids)
+        with self._spending() if resumed is None else nullcontext():
+            metric = self.groundwork.metric(stage)
+        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta, metric)
+        self.sampler = self._sampler(stage)
         last_saved = Clock(**asdict(progress.now))
         with self._bar(stage) as bar:
             while True:
@@ -156,48 +171,12 @@ class Training:
         progress.done = progress.stage == len(self.stages)
         self._save(None)
 
-    def _fit_output(self) -> None:
-        """Fit the output projection to the teacher on the first blocks of the first epoch; the clock runs."""
-        model, accelerator = self.student.model, self.accelerator
-        began = time.perf_counter()
-        model.eval()
-        fit = OutputFit(model.config.hidden_size, self.teacher.width, accelerator.device)
-        features: list[Tensor] = []
-        hook = model.output_projection.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
-        states: dict[int, LSTMCache] = {}
-        for number, batch, reset_BT, hidden_Nd in self._first_hidden_states("fitting the output projection"):
-            state = states.setdefault(number, LSTMCache())
-            inputs_BT, reset_BT = batch.inputs_BT.to(accelerator.device), reset_BT.to(accelerator.device)
-            with torch.no_grad(), accelerator.autocast():
-                model(inputs_BT, past_key_values=state, reset_mask=reset_BT, use_cache=True)
-            fit.add(features.pop().flatten(0, 1), hidden_Nd)
-        hook.remove()
-        fit.moment_HH, fit.moment_Hd = (accelerator.reduce(sums, "sum") for sums in (fit.moment_HH, fit.moment_Hd))
-        weight_dH, bias_d = fit.solve()
-        with torch.no_grad():
-            model.output_projection.weight.copy_(weight_dH)
-            model.output_projection.bias.copy_(bias_d)
-        self._spend(self._agree(time.perf_counter() - began, 0)[0])
-
-    def _metric(self, stage: StageConfig, fresh: bool) -> HiddenMetric | None:
-        """The metric of a stage's hidden regression; the Fisher one from the first blocks. Its time counts once."""
-        if stage.metric == "identity":
-            return None
-        began = time.perf_counter()
-        sums = MetricSums(self.teacher.head, stage.metric)
-        if stage.metric == "fisher":
-            for _, _, _, hidden_Nd in self._first_hidden_states("mean Fisher information"):
-                sums.add(hidden_Nd)
-        metric = sums.metric(stage.ridge, lambda total: self.accelerator.reduce(total, "sum"))
-        if fresh:
-            self._spend(self._agree(time.perf_counter() - began, 0)[0])
-        return metric
-
-    def _first_hidden_states(self, title: str) -> Iterator[tuple[int, BlockBatch, Tensor, Tensor]]:
-        """Number, blocks, resets and teacher's hidden states (N, d) of the first micro-batches of the first epoch."""
-        steps = min(self.steps_per_epoch, math.ceil((self.fit_tokens or 4096) / self.tokens_per_step))
+    def _first_states(self) -> Iterator[States]:
+        """The teacher's hidden states on this process's first micro-batches of the first epoch."""
+        wanted = self.recipe.student.fit_tokens or 4096
+        steps = min(len(self.blocks) // self.lanes, math.ceil(wanted / self.tokens_per_step))
         of_targets = self.targets is not None and self.targets.encoding.kind == "hidden"
-        for step in tqdm(range(steps), title, disable=not self.accelerator.is_main_process):
+        for step in tqdm(range(steps), "first hidden states", disable=not self.accelerator.is_main_process):
             for number, (block_ids, starts_B) in enumerate(self._micro_batches(step)):
                 batch, reset_BT = self._batch(block_ids, starts_B)
                 if of_targets and self.targets is not None:
@@ -207,8 +186,15 @@ class Training:
                 assert isinstance(signal, HiddenSignal)
                 yield number, batch, reset_BT, signal.hidden_Nd.to(self.accelerator.device).clone()
 
+    @contextmanager
+    def _spending(self) -> Iterator[None]:
+        """Count the time of what is done before a stage's first step."""
+        began = time.perf_counter()
+        yield
+        self._spend(self._agree(time.perf_counter() - began, 0)[0])
+
     def _spend(self, seconds: float) -> None:
-        """Count time of work before a stage's first step; the stage itself begins after it."""
+        """Count time before a stage's first step; the stage itself begins after it."""
         self.progress.now.seconds += seconds
         self.progress.stage_start = Clock(**asdict(self.progress.now))
         self.progress.last_validation = Clock(**asdict(self.progress.now))
@@ -226,6 +212,7 @@ class Training:
         sums: dict[str, Tensor] = {}
         teacher_seconds = 0.0
         micro_batches = list(self._micro_batches(steps))
+        candidates = self._candidates(steps)
         for number, (block_ids, starts_B) in enumerate(micro_batches):
             batch, reset_BT = self._batch(block_ids, starts_B)
             signal = None
@@ -243,6 +230,7 @@ class Training:
                     self.states.get(number),
                     signal,
                     objective,
+                    candidates,
                 )
                 # DDP averages over processes: undo that, then divide once by the tokens of the whole step.
                 accelerator.backward(loss * (accelerator.num_processes / self.tokens_per_step))
@@ -265,13 +253,45 @@ class Training:
 
     def _micro_batches(self, step: int) -> Iterator[tuple[Any, Tensor]]:
         """This process's block ids of a step, and which of them do not follow the lane's block before."""
-        epoch, row = divmod(step, self.steps_per_epoch)
-        order_SG = lane_order(len(self.blocks), self.lanes, epoch=epoch, seed=self.recipe.run.seed)
+        order_SG, row = self._order(step)
+        goes_on = row > 0 and not (step == self.progress.stage_start.steps and self._text_changes())
         first = self.accelerator.process_index * (self.lanes // self.accelerator.num_processes)
         for start in range(first, first + self.lanes // self.accelerator.num_processes, self.micro):
             ids = order_SG[row, start : start + self.micro]
-            before = order_SG[row - 1, start : start + self.micro] if row else ids
+            before = order_SG[row - 1, start : start + self.micro] if goes_on else ids
             yield ids, torch.from_numpy(ids != before + 1)
+
+    def _order(self, step: int) -> tuple[np.ndarray, int]:
+        """Block numbers of the epoch that a step is in, (steps, lanes), and the step's row."""
+        epoch, row = divmod(step, len(self.blocks) // self.lanes)
+        return lane_order(len(self.blocks), self.lanes, epoch=epoch, seed=self.recipe.run.seed), row
+
+    def _blocks_of(self, stage: StageConfig) -> Blocks:
+        return self.blocks_with_targets if stage.needs_teacher else self.all_blocks
+
+    def _text_changes(self) -> bool:
+        """Whether the stage at hand reads other blocks than the one before: no lane then goes on where it was."""
+        number = self.progress.stage
+        return number > 0 and len(self._blocks_of(self.stages[number - 1])) != len(self.blocks)
+
+    @cached_property
+    def occurrences_V(self) -> Tensor:
+        """How often each token stands in the training text."""
+        occurrences = np.bincount(self.all_blocks.tokens, minlength=self.teacher.vocab_size)
+        return torch.from_numpy(occurrences).to(self.accelerator.device)
+
+    def _sampler(self, stage: StageConfig) -> CandidateSampler | None:
+        if stage.candidates is None:
+            return None
+        return CandidateSampler(self.occurrences_V, stage.candidates)
+
+    def _candidates(self, step: int) -> Candidates | None:
+        """Those of a step, the same for all processes and micro-batches."""
+        if self.sampler is None:
+            return None
+        order_SG, row = self._order(step)
+        labels_N = self.blocks.labels(order_SG[row]).flatten().to(self.accelerator.device)
+        return self.sampler.draw(labels_N, self.recipe.run.seed * 1_000_003 + step)
 
     def _clip(self, model: torch.nn.Module) -> Tensor:
         limit = self.recipe.run.max_grad_norm
@@ -309,6 +329,7 @@ class Training:
     def _prepare(self, stage: StageConfig) -> tuple[torch.nn.Module, Any]:
         """The wrapped student and its optimizer, with what the stage freezes frozen."""
         self.accelerator.free_memory()
+        torch.manual_seed(self.recipe.run.seed + self.progress.stage)
         student = self.student
         embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
         tied = embedding.weight is head.weight
@@ -319,15 +340,17 @@ class Training:
         parts = {id(p): "embedding" for p in embedding.parameters()}
         parts.update({id(p): "head" for p in head.parameters() if not (tied and p is head.weight)})
         # A head that no term reads would get no gradient, which DDP takes for an error: it rests as well.
-        resting = stage.freeze | (set() if Objective(stage.weights).needs_logits else {"head"})
+        resting = stage.freeze | (set() if Objective(stage.weights).logit_terms else {"head"})
         for parameter in student.parameters():
             parameter.requires_grad_(parts.get(id(parameter), "body") not in resting)
             parameter.grad = None
+        with_loss = StudentWithLoss(student, self.teacher.width if "layer_mse" in stage.objective else None)
+        self.aids = {name: p for name, p in with_loss.named_parameters() if not name.startswith("student.")}
         decayed = [
-            p for p in student.parameters() if p.requires_grad and p.ndim >= 2 and parts.get(id(p)) != "embedding"
+            p for p in with_loss.parameters() if p.requires_grad and p.ndim >= 2 and parts.get(id(p)) != "embedding"
         ]
         chosen = {id(p) for p in decayed}
-        others = [p for p in student.parameters() if p.requires_grad and id(p) not in chosen]
+        others = [p for p in with_loss.parameters() if p.requires_grad and id(p) not in chosen]
         groups = [
             {"params": decayed, "weight_decay": stage.weight_decay},
             {"params": others, "weight_decay": 0.0},
@@ -340,7 +363,7 @@ class Training:
             optimizer = torch.optim.SGD(groups, lr=stage.learning_rate)
         else:
             optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas)
-        model, optimizer = self.accelerator.prepare(StudentWithLoss(student), optimizer)
+        model, optimizer = self.accelerator.prepare(with_loss, optimizer)
         return model, optimizer
 
     # ---------------------------------------------------------------- validation and logs
@@ -462,7 +485,7 @@ class Training:
         """Write a checkpoint; `optimizer` is None between two stages. Collective: the lanes' states are gathered."""
         lanes = self._gather_lanes()
         if self.accelerator.is_main_process:
-            weights = {name: p.detach() for name, p in self.student.named_parameters()}
+            weights = {name: p.detach() for name, p in [*self.student.named_parameters(), *self.aids.items()]}
             self.checkpoints.save(self.progress.now.steps, weights, optimizer, lanes, asdict(self.progress))
         self.accelerator.wait_for_everyone()
 
@@ -485,10 +508,7 @@ class Training:
         state = load_state(folder)
         state.pop("optimizer_groups", None)
         self.progress = Progress.from_dict({k: v for k, v in state.items() if k in Progress.__dataclass_fields__})
-        weights = load_tensors(folder, "model.safetensors")
-        with torch.no_grad():
-            for name, parameter in self.student.named_parameters():
-                parameter.copy_(weights[name])
+        _put(load_tensors(folder, "model.safetensors"), dict(self.student.named_parameters()))
         lanes = load_tensors(folder, "lanes.safetensors")
         if lanes:
             share = self.lanes // self.accelerator.num_processes
@@ -516,6 +536,12 @@ class Training:
         best = LSTMForCausalLM.from_pretrained(self.checkpoints.best(self.progress.best_step))
         self.student.load_state_dict(best.state_dict())
         self.student.eval()
+
+
+@torch.no_grad()
+def _put(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(weights[name])
 
 
 def micro_batch_size(recipe: Recipe, processes: int) -> int:

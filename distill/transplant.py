@@ -1,21 +1,18 @@
-"""What the student starts from: a fresh LSTM that takes over the teacher's embedding and output head.
+"""What the student takes over from the teacher: embedding and output head, whole or of low rank.
 
-The head fixes what "similar next words" means and is most of a small model's parameters; copied, the LSTM
-only has to learn to point into the teacher's space. Its output projection need not even learn that from
-nothing: a random LSTM's outputs already tell a lot about the last tokens (an echo state network; Jaeger
-2001), and the best linear map from them to the teacher's hidden states has a closed form.
+The head fixes what "similar next words" means and is most of a small model's parameters; copied, the LSTM only has to
+learn to point into the teacher's space.
 
-Legend: N tokens, H hidden size of the student, d width of the teacher.
+Legend: V vocabulary, d width of the teacher, r width of the student's embedding and head, H hidden size.
 """
 
 from __future__ import annotations
-
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from distill.config import StudentConfig, UserError
+from distill.geometry import Basis
 from distill.student import LSTMConfig, LSTMForCausalLM
 from distill.teacher import LanguageModel
 
@@ -25,26 +22,34 @@ def build_student(
 ) -> LSTMForCausalLM:
     """A student of the teacher's vocabulary, its random parts drawn from `seed`, in fp32 on the CPU.
 
-    With `transplant`, embedding, head and head bias are the teacher's.
+    With `transplant`, embedding, head and head bias are the teacher's; where they are narrower than the teacher's they
+    are still random, until its hidden states are known (`transplant_low_rank`).
     """
-    embedding: Tensor = cast(Any, teacher.model.get_input_embeddings()).weight
-    if transplant and embedding.shape[1] != teacher.width:
+    embedding_Vd = teacher.embedding_Vd
+    if transplant and embedding_Vd.shape[1] != teacher.width:
         raise UserError(
-            f"student.transplant: the teacher's embedding is {embedding.shape[1]} wide and its head {teacher.width}; "
+            f"student.transplant: the teacher's embedding is {embedding_Vd.shape[1]} wide, its head {teacher.width}; "
             "set student.transplant=false"
         )
+    width = config.embedding_size or teacher.width
+    if transplant and width > teacher.width:
+        raise UserError(
+            f"student.embedding_size: expected at most the teacher's width of {teacher.width} with "
+            f"student.transplant, found {width}"
+        )
+    narrow = width != teacher.width
     tied = config.tie_embeddings
     if tied is None:
         tied = teacher.model.config.get_text_config().tie_word_embeddings
     shape = LSTMConfig(
         vocab_size=teacher.vocab_size,
-        embedding_size=config.embedding_size or teacher.width,
+        embedding_size=width,
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
         input_dropout=config.input_dropout,
         output_dropout=config.output_dropout,
         recurrent_dropout=config.recurrent_dropout,
-        head_bias=teacher.head.bias_V is not None,
+        head_bias=teacher.head.bias_V is not None or (transplant and narrow),
         tie_word_embeddings=tied,
         bos_token_id=separator_id,
         eos_token_id=separator_id,
@@ -53,38 +58,49 @@ def build_student(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = LSTMForCausalLM(shape)
-    if transplant:
+    if transplant and not narrow:
         with torch.no_grad():
-            student.model.embed_tokens.weight.copy_(embedding[: teacher.vocab_size])
+            student.model.embed_tokens.weight.copy_(embedding_Vd)
             if not tied:
                 # A softcap is left out and a scale folded in: the student's head is plain.
                 student.lm_head.weight.copy_(teacher.head.weight_Vd.float() * teacher.head.scale)
             if teacher.head.bias_V is not None:
-                student.lm_head.bias.copy_(teacher.head.bias_V)
+                student.lm_head.bias.copy_(teacher.head.bias_V * teacher.head.scale)
     return student
 
 
-class OutputFit:
-    """Ridge regression of the teacher's hidden states on what the output projection reads, from sums over tokens."""
+@torch.no_grad()
+def transplant_low_rank(student: LSTMForCausalLM, teacher: LanguageModel, basis: Basis) -> None:
+    """The teacher's head in the coordinates of a basis, and its embedding in its own principal axes.
 
-    RIDGE = 0.1  # of the features' variance, which the last norm holds near 1; the best of 0.001, 0.01 and 0.1
+    With tied matrices the embedding is the head's: the teacher's vectors seen from the basis.
+    """
+    head = basis.head(teacher.head)
+    student.lm_head.weight.copy_(head.weight_Vd)
+    student.lm_head.bias.copy_(head.bias_V)
+    if not student.config.tie_word_embeddings:
+        embedding_Vd = teacher.embedding_Vd.float()
+        _, axes_dd = torch.linalg.eigh(embedding_Vd.t() @ embedding_Vd)
+        student.model.embed_tokens.weight.copy_(embedding_Vd @ axes_dd.flip(-1)[:, : student.config.embedding_size])
 
-    def __init__(self, hidden_size: int, width: int, device: torch.device) -> None:
-        """Sums for features of `hidden_size` numbers and a constant, and targets of `width`."""
-        self.moment_HH = torch.zeros(hidden_size + 1, hidden_size + 1, dtype=torch.float64, device=device)
-        self.moment_Hd = torch.zeros(hidden_size + 1, width, dtype=torch.float64, device=device)
 
-    def add(self, features_NH: Tensor, hidden_Nd: Tensor) -> None:
-        """Count N more tokens."""
-        constant_N1 = features_NH.new_ones(len(features_NH), 1, dtype=torch.float64)
-        features_NH = torch.cat([features_NH.double(), constant_N1], dim=1)
-        self.moment_HH += features_NH.t() @ features_NH
-        self.moment_Hd += features_NH.t() @ hidden_Nd.double()
+@torch.no_grad()
+def align_input(student: LSTMForCausalLM, occurrences_V: Tensor) -> None:
+    """Start the input projection as the embedding's leading principal axes over the text's tokens, of mean variance 1.
 
-    def solve(self) -> tuple[Tensor, Tensor]:
-        """Weight (d, H) and bias (d,), in fp64; the bias is not penalised."""
-        tokens = self.moment_HH[-1, -1]
-        penalty_H = torch.full_like(self.moment_HH[-1], self.RIDGE) * tokens
-        penalty_H[-1] = 0
-        solution_Hd = torch.linalg.solve(self.moment_HH + penalty_H.diag(), self.moment_Hd)
-        return solution_Hd[:-1].t(), solution_Hd[-1]
+    A fresh projection of small numbers leaves the residual stream nearly empty, and the embedding's mean, which all
+    tokens share, takes most of what is left. Where H exceeds r, the other rows are random directions of the same size.
+    """
+    embedding_Vr = student.model.embed_tokens.weight.double()
+    share_V = occurrences_V.double() / occurrences_V.sum()
+    mean_r = share_V @ embedding_Vr
+    centred_Vr = embedding_Vr - mean_r
+    variances_r, axes_rr = torch.linalg.eigh(centred_Vr.t() @ (share_V[:, None] * centred_Vr))
+    projection = student.model.input_projection
+    rows_Hr = projection.weight.double()
+    rows_Hr /= rows_Hr.norm(dim=1, keepdim=True)
+    kept = min(rows_Hr.shape)
+    rows_Hr[:kept] = axes_rr.flip(-1)[:, :kept].t()
+    rows_Hr /= variances_r.flip(-1)[:kept].mean().clamp_min(1e-12).sqrt()
+    projection.weight.copy_(rows_Hr)
+    projection.bias.copy_(-rows_Hr @ mean_r)

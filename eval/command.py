@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from pydantic import ValidationError
 
 from distill.checkpoint import write_json
-from distill.cli import guarded
+from distill.command import guarded
 from distill.config import CorpusConfig, EvaluationConfig, TeacherConfig, UserError
 from distill.corpus import load_corpus, separator_id
 from distill.documents import open_documents

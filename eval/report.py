@@ -25,19 +25,23 @@ from distill.checkpoint import write_atomically, write_json
 from distill.config import UserError
 from distill.teacher import hardware_has_bf16
 from distill.tracking import log_evaluation
-from eval import agreement, generate, latency, memory, perplexity
+from eval.agreement import main as agreement
 from eval.command import Figures, execute, read_results
 from eval.gather import gather
+from eval.generate import main as generate
+from eval.latency import main as latency
+from eval.memory import main as memory
 from eval.output import print_json, print_table
+from eval.perplexity import main as perplexity
 from eval.pictures import draw_pictures
 
 MEASURES: dict[str, Callable[[list[str]], int]] = {
-    "perplexity": perplexity.main,
-    "perplexity-bf16": lambda runs: perplexity.main([*runs, "--dtype", "bf16"]),
-    "agreement": agreement.main,
-    "memory": memory.main,
-    "generate": generate.main,
-    "latency": latency.main,
+    "perplexity": perplexity,
+    "perplexity-bf16": lambda runs: perplexity([*runs, "--dtype", "bf16"]),
+    "agreement": agreement,
+    "memory": memory,
+    "generate": generate,
+    "latency": latency,
 }
 
 

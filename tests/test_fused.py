@@ -20,7 +20,8 @@ from test_losses import definition
 from torch import Tensor
 
 from distill import fused
-from distill.fused import Objective, StudentWithLoss
+from distill.fused import StudentWithLoss
+from distill.objective import Objective
 from distill.signals import DenseSignal, Head, HiddenSignal, Signal
 from distill.student import LSTMCache, LSTMConfig, LSTMForCausalLM
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill import losses
-from distill.fused import Objective
+from distill.objective import Objective
 from distill.signals import SparseSignal, sample, top_k
 
 N, V = 6, 23

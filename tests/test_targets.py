@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, World, result_of, run_command
 
 from distill.config import Recipe, TargetsConfig, UserError
-from distill.corpus import BlockBatch
-from distill.job import TeacherAndText, start_accelerator
+from distill.corpus import BlockBatch, Blocks
+from distill.job import TeacherAndText, run, start_accelerator
 from distill.recipe import load_recipe
 from distill.signals import DenseSignal, HiddenSignal, SparseSignal
 from distill.targets import CachedTargets, make_encoding, shard_file
@@ -258,9 +259,34 @@ def test_a_run_from_the_cache(world: World, tmp_path: Path, kind: str) -> None:
     cached = ["targets.cache=true", f"targets.cache_dir={tmp_path / 'cache'}", "run.name=cached"]
     launcher = ("-m", "distill.launch", "--processes", "2") if kind == "sampled" else ("distill/run.py",)
     for arguments in (["run.name=live"], cached):
-        run = run_command(*common, *arguments, launcher=launcher)
-        assert run.returncode == 0, run.stderr
+        done = run_command(*common, *arguments, launcher=launcher)
+        assert done.returncode == 0, done.stderr
     live, stored = (result_of(tmp_path / name) for name in ("live", "cached"))
     assert stored["student"]["nll_nats"] == pytest.approx(live["student"]["nll_nats"], abs=0.01)
     assert stored["targets"]["cached"] and stored["targets"]["bytes_per_token"] > 0
     assert stored["student"]["train_seconds"] >= stored["targets"]["seconds"] > 0
+
+
+def test_a_stage_without_teacher_reads_all_of_the_text(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a cache of some tokens, the stages before and after it read no more than these."""
+    seen: list[int] = []
+    batch = Blocks.batch
+
+    def watched(blocks: Blocks, block_ids: np.ndarray) -> BlockBatch:
+        seen.append(int(block_ids.max()))
+        return batch(blocks, block_ids)
+
+    monkeypatch.setattr(Blocks, "batch", watched)
+    stages = [{"objective": name, "length": {"steps": 9}} for name in ("forward_kl", "cross_entropy", "forward_kl")]
+    recipe = load_recipe(
+        str(world.recipe),
+        [
+            "control=false", f"run.output_dir={tmp_path}", "targets.cache=true", "targets.max_tokens=640",
+            f"targets.cache_dir={tmp_path / 'cache'}", f"stages={json.dumps(stages)}", "student.fit_tokens=0",
+        ],
+    )  # fmt: skip
+    run(recipe)
+    first, middle, last = (seen[-27:][start : start + 9] for start in (0, 9, 18))
+    assert max(first) < 80 and max(last) < 80 and max(middle) > 200

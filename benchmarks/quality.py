@@ -1,0 +1,151 @@
+"""What distillation buys at equal wall time: validation loss against seconds, for several ways to train one LSTM.
+
+    make bench-quality          or, quicker:  python -m benchmarks.quality --seeds 0 --long 0
+
+Every way has the quickstart's teacher, text and LSTM, and as many seconds of training as *ours*, the teacher's time and
+the building of cached targets counted in:
+
+    ours                     the recipe as it is
+    control                  cross-entropy from random weights, the run's own control
+    control, sampled         the same over candidates (`control.candidates`), which is cheaper
+    KL, random weights       forward KL to the live teacher over the whole vocabulary, no transplant
+
+The short ones are run once for each seed; the long one has one seed and the stages of `LONG`. Ratios compare medians
+over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import FOLDER, finish, print_table
+from benchmarks.runs import QUICKSTART, run_recipe
+from distill.checkpoint import write_atomically
+from distill.command import guarded
+from distill.recipe import load_recipe
+from distill.result import Points, first_crossing
+
+# Longer than the quickstart, all of the text is worth the teacher's time, and is read more than once.
+LONG = ("targets.cache=true", "targets.max_tokens=null", "evaluation.every.minutes=1")
+WAYS = ("ours", "control", "control, sampled", "KL, random weights")
+
+
+def compare(name: str, recipe: str, overrides: Sequence[str], seed: int) -> dict[str, Any]:
+    """Curves of all ways with one seed, and what follows."""
+    common = [*overrides, f"run.seed={seed}"]
+    candidates = next((s.candidates for s in load_recipe(recipe, common).stages if s.candidates), None)
+    ours = run_recipe("quality", f"{name}-{seed}-ours", recipe, [*common, "control=true"])
+    minutes = ours["student"]["train_seconds"] / 60
+    curves: dict[str, Points] = {"ours": ours["curves"]["student"], "control": ours["curves"]["control"]}
+    random = [*common, "control=false", "student.transplant=false", "targets.cache=false", "targets.max_tokens=null"]
+    for way, objective, drawn in (
+        ("control, sampled", "cross_entropy", candidates),
+        ("KL, random weights", "forward_kl", None),
+    ):
+        stage = {"objective": objective, "length": {"minutes": minutes}, "candidates": drawn}
+        slug = way.split()[-1] if "sampled" in way else "kl"
+        result = run_recipe("quality", f"{name}-{seed}-{slug}", recipe, [*random, f"stages=[{json.dumps(stage)}]"])
+        curves[way] = result["curves"]["student"]
+    teacher = ours["teacher"]["nll_nats"]
+    best = {way: min(point["nll_nats"] for point in points) for way, points in curves.items()}
+    seconds = {way: first_crossing(points, best["control"]) for way, points in curves.items()}
+    control_seconds = min(curves["control"], key=lambda point: point["nll_nats"])["seconds"]
+    return {
+        "seed": seed,
+        "seconds": minutes * 60,
+        "teacher_seconds": ours["student"]["teacher_seconds"],
+        "teacher_nll_nats": teacher,
+        "nll_nats": best,
+        "wall_time_ratio": {way: None if s is None else s / control_seconds for way, s in seconds.items()},
+        "gap_closed": {way: (best["control"] - loss) / (best["control"] - teacher) for way, loss in best.items()},
+        "curves": curves,
+    }
+
+
+def median(values: Sequence[float | None]) -> float | None:
+    """None where any value is missing."""
+    found = [value for value in values if value is not None]
+    return statistics.median(found) if len(found) == len(values) else None
+
+
+def plot(groups: dict[str, list[dict[str, Any]]], target: Path) -> None:
+    """Loss over seconds, a panel for each length; thin lines are seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(groups), 4), layout="constrained")
+    for panel, (name, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
+        for number, way in enumerate(WAYS):
+            for row in rows:
+                points = row["curves"][way]
+                label = way if row is rows[0] else None
+                panel.plot([p["seconds"] for p in points], [p["nll_nats"] for p in points], f"C{number}.-", label=label)
+        panel.axhline(rows[0]["teacher_nll_nats"], color="gray", linestyle=":", label="teacher")
+        panel.set(
+            title=name, xlabel="seconds of training, teacher's included", ylabel="validation loss (nats per token)"
+        )
+        panel.legend()
+    write_atomically(target, lambda path: figure.savefig(path, dpi=110, format="png"))
+
+
+def benchmark(options: argparse.Namespace) -> None:
+    """Run what is missing, then report."""
+    groups = {"short": [compare("short", options.recipe, options.overrides, seed) for seed in options.seeds]}
+    if options.long:
+        recipe = load_recipe(options.recipe, options.overrides)
+        scale = options.long / sum(stage.length.minutes or 0 for stage in recipe.stages)
+        lengths = [f"stages.{n}.length.minutes={(s.length.minutes or 0) * scale}" for n, s in enumerate(recipe.stages)]
+        groups["long"] = [compare("long", options.recipe, [*options.overrides, *LONG, *lengths], options.seeds[0])]
+    picture = FOLDER / "quality.png"
+    plot(groups, picture)
+    rows, figures = [], {}
+    for name, found in groups.items():
+        table: dict[str, dict[str, Any]] = {
+            way: {
+                key: median([row[key][way] for row in found]) for key in ("nll_nats", "wall_time_ratio", "gap_closed")
+            }
+            for way in WAYS
+        }
+        figures[name] = {**table, "seeds": len(found), "seconds": found[0]["seconds"]}
+        figures[name]["teacher_seconds"] = found[0]["teacher_seconds"]
+        for way, cells in table.items():
+            ratio = cells["wall_time_ratio"]
+            rows.append(
+                {
+                    "way": way,
+                    "run": f"{name}, {found[0]['seconds']:.0f} s, seeds: {len(found)}",
+                    "nats": f"{cells['nll_nats']:.3f}",
+                    "of the control's time to its loss": "never" if ratio is None else f"{ratio:.2f}",
+                    "of the gap to the teacher closed": f"{cells['gap_closed']:.2f}",
+                }
+            )
+    print_table("Validation loss at equal wall time", rows, f"Curves: {picture}")
+    last = groups.get("long", groups["short"])
+    finish(
+        "quality",
+        {
+            "wall_time_ratio_to_control_loss": figures["short"]["ours"]["wall_time_ratio"],
+            "gap_closed": max(figures[name]["ours"]["gap_closed"] for name in groups),
+            "teacher_nll_nats": last[0]["teacher_nll_nats"],
+            **figures,
+        },
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field of the recipe")
+    parser.add_argument("--recipe", default=QUICKSTART)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--long", type=float, default=8.0, help="minutes of the long one's stages; 0 for none")
+    options = parser.parse_intermixed_args(arguments)
+    return guarded(lambda: benchmark(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""What all commands share: log lines and exit codes.
+
+Exit code 0: done. 2: something the user can mend, told in one message. 128 + n: stopped by signal n,
+with everything saved.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+
+from distill.config import UserError
+from distill.progress import Interrupted
+
+
+def guarded(work: Callable[[], object]) -> int:
+    """Do the work of a command; errors become a message and an exit code."""
+    main_process = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    try:
+        work()
+    except Interrupted as stop:
+        if main_process:
+            print(f"\n{stop}. Run the same command to go on.", file=sys.stderr)
+        return 128 + stop.signum
+    except UserError as error:
+        if main_process or error.every_process:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,154 @@
+"""The student as one ONNX graph a token, in few bits: what `distill/decode.py` runs.
+
+    python -m distill.export MODEL --to decoder
+
+writes `decoder.safetensors` (quantised weights) and `decoder.onnx` (the graph) beside the student's own. A step is
+about forty nodes, so nothing of it happens in Python:
+
+    token ─> row of the embedding, input projection multiplied in (int8, V x H)
+          ─> L x [x + LSTM(LayerNorm(x))], W_ih and W_hh side by side in one product (int8)
+          ─> u, along r axes and along all d (see quantise.py)
+          ─> preview: all V tokens along r axes (int4) ─> the 32 blocks of 16 tokens with the highest one
+          ─> exact: those 512 tokens along all d axes (int8)
+
+Products are onnxruntime's MatMulNBits with int8 arithmetic, which read weights at memory speed. Blocks of tokens
+rather than single ones, because the 32 largest of V / 16 maxima are found twenty times faster than the 512
+largest of V, and lie together in memory.
+
+Legend: B sequences, V tokens (W: rounded up to whole blocks), L layers, H width, d head's width, r axes of the
+preview, n blocks of k tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from distill.checkpoint import write_atomically
+from distill.graph import Graph
+from distill.quantise import BLOCK, own_text, quantise_blocks, quantise_rows, two_step_head
+from distill.student import LSTMForCausalLM
+
+TOKENS = 16  # of a block
+BLOCKS = 32  # refined at each step
+AXES, AXES_BITS = 128, 4
+
+
+def quantised_weights(student: LSTMForCausalLM, hidden_Nd: Tensor) -> dict[str, Tensor]:
+    """All tensors of the decoder, by the names that the graph uses."""
+    weights: dict[str, Tensor] = {}
+
+    def product(name: str, weight_NK: Tensor, bias_N: Tensor, bits: int = 8) -> None:
+        weights[name], weights[f"{name}.scale"] = quantise_blocks(weight_NK, bits)
+        weights[f"{name}.bias"] = bias_N.float()
+
+    state = {name: value.detach().double() for name, value in student.state_dict().items()}
+    embedded_VH = state["model.embed_tokens.weight"] @ state["model.input_projection.weight"].T
+    embedded_VH = embedded_VH + state["model.input_projection.bias"]
+    weights["embedding"], weights["embedding.scale"] = quantise_rows(embedded_VH)
+    for n in range(student.config.num_layers):
+        lstm, norm = f"model.layers.{n}.lstm", f"model.layers.{n}.norm"
+        i, f, g, o = torch.arange(4 * student.config.hidden_size).chunk(4)
+        order = torch.cat([i, f, o, g])  # the three sigmoids side by side
+        input_4HH = state[f"{lstm}.weight_ih_l0"]
+        bias_4H = state[f"{lstm}.bias_ih_l0"] + state[f"{lstm}.bias_hh_l0"] + input_4HH @ state[f"{norm}.bias"]
+        both_4HK = torch.cat([input_4HH * state[f"{norm}.weight"], state[f"{lstm}.weight_hh_l0"]], dim=1)
+        product(f"lstm.{n}", both_4HK[order], bias_4H[order])
+
+    head_Vd = state["lm_head.weight"]
+    V, d = head_Vd.shape
+    preview, exact = two_step_head(head_Vd, hidden_Nd, min(AXES, d))
+    turn_Kd, shift_K = torch.cat([preview.turn_rd, exact.turn_rd]), torch.cat([preview.shift_r, exact.shift_r])
+    out_KH = turn_Kd @ state["model.output_projection.weight"]
+    shift_K = shift_K + turn_Kd @ state["model.output_projection.bias"] + out_KH @ state["model.norm.bias"]
+    product("out", out_KH * state["model.norm.weight"], shift_K)
+    tokens_W = torch.arange(-(-V // TOKENS) * TOKENS).clamp_max(V - 1)  # the last one again, to fill its block
+    bias_V = state.get("lm_head.bias", torch.zeros(V, dtype=torch.float64))
+    product("preview", preview.weight_Vr[tokens_W], (preview.bias_V + bias_V)[tokens_W], AXES_BITS)
+    numbers_Wd, scale_W1 = quantise_rows(exact.weight_Vr[tokens_W])
+    weights["head"] = numbers_Wd.view(-1, TOKENS * d)
+    weights["head.scale"] = scale_W1.view(-1, TOKENS)
+    weights["head.bias"] = (exact.bias_V + bias_V)[tokens_W].float().view(-1, TOKENS)
+    return {name: value.contiguous() for name, value in weights.items()}
+
+
+def step_graph(graph: Graph, config: PreTrainedConfig) -> dict[str, tuple[str, str, tuple[int | str, ...]]]:
+    """Fill the graph; returns its outputs. Its inputs are token_1B, h_LBH, c_LBH."""
+    V, d, H, L = config.vocab_size, config.embedding_size, config.hidden_size, config.num_layers
+    axes, blocks = min(AXES, d), -(-V // TOKENS)
+    chosen = min(BLOCKS, blocks)
+
+    def product(name: str, x: str, rows: int, columns: int, bits: int = 8) -> str:
+        parts = [graph.weight(part) for part in (name, f"{name}.scale")]
+        shape = {"N": rows, "K": columns, "bits": bits, "block_size": BLOCK, "accuracy_level": 4}
+        y = graph.node("MatMulNBits", x, *parts, domain="com.microsoft", **shape)
+        return graph.node("Add", y, graph.weight(f"{name}.bias"))
+
+    def normed(x: str) -> str:
+        return graph.node("LayerNormalization", x, ones, axis=-1, epsilon=config.layer_norm_eps)
+
+    def gathered(name: str, index: str) -> str:
+        return graph.node("Gather", graph.weight(name), index, axis=0)
+
+    def as_float(x: str) -> str:
+        return graph.node("Cast", x, to=1)
+
+    def reshaped(x: str, *shape: int) -> str:
+        return graph.node("Reshape", x, graph.constant(shape))
+
+    ones = graph.constant([1.0] * H, np.float32)
+    x_1BH = graph.node("Mul", as_float(gathered("embedding", "token_1B")), gathered("embedding.scale", "token_1B"))
+    h_1BH, c_1BH = (graph.nodes("Split", name, results=L, axis=0, num_outputs=L) for name in ("h_LBH", "c_LBH"))
+    for n in range(L):
+        both = graph.node("Concat", normed(x_1BH), h_1BH[n], axis=2)
+        gates = product(f"lstm.{n}", both, 4 * H, 2 * H)
+        gates, g = graph.nodes("Split", gates, graph.constant([3 * H, H]), results=2, axis=2)
+        i, f, o = graph.nodes("Split", graph.node("Sigmoid", gates), results=3, axis=2, num_outputs=3)
+        c_1BH[n] = graph.node("Add", graph.node("Mul", f, c_1BH[n]), graph.node("Mul", i, graph.node("Tanh", g)))
+        h_1BH[n] = graph.node("Mul", o, graph.node("Tanh", c_1BH[n]))
+        x_1BH = graph.node("Add", x_1BH, h_1BH[n])
+
+    u_BK = reshaped(product("out", normed(x_1BH), axes + d, H), -1, axes + d)
+    u_Br, u_Bd = graph.nodes("Split", u_BK, graph.constant([axes, d]), results=2, axis=1)
+    preview_BW = product("preview", u_Br, blocks * TOKENS, axes, AXES_BITS)
+    highest_Bn = graph.node("ReduceMax", reshaped(preview_BW, -1, blocks, TOKENS), graph.constant([2]), keepdims=0)
+    _, block_Bn = graph.nodes("TopK", highest_Bn, graph.constant([chosen]), results=2, sorted=0)
+
+    whole, scale, zero = graph.nodes("DynamicQuantizeLinear", u_Bd, results=3)
+    rows_BNd = reshaped(gathered("head", block_Bn), -1, chosen * TOKENS, d)
+    sums = graph.node("MatMulInteger", rows_BNd, reshaped(whole, -1, d, 1), "", zero)
+    sums_Bnk = graph.node("Mul", as_float(reshaped(sums, -1, chosen, TOKENS)), scale)
+    exact_Bnk = graph.node(
+        "Add", graph.node("Mul", sums_Bnk, gathered("head.scale", block_Bn)), gathered("head.bias", block_Bn)
+    )
+    return {
+        "h_next_LBH": (graph.node("Concat", *h_1BH, axis=0), "FLOAT", (L, "B", H)),
+        "c_next_LBH": (graph.node("Concat", *c_1BH, axis=0), "FLOAT", (L, "B", H)),
+        "preview_BW": (preview_BW, "FLOAT", ("B", blocks * TOKENS)),
+        "block_Bn": (block_Bn, "INT64", ("B", chosen)),
+        "exact_Bnk": (exact_Bnk, "FLOAT", ("B", chosen, TOKENS)),
+        "u_Bd": (u_Bd, "FLOAT", ("B", d)),
+    }
+
+
+def write_decoder(student: LSTMForCausalLM, folder: Path) -> Path:
+    """Quantise a student and write both files beside `folder`/model.safetensors; returns the ONNX file."""
+    config = student.float().config
+    with torch.inference_mode():
+        ids_BT = own_text(student, sequences=64, length=64)
+        hidden_Nd = student.model(ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
+    weights = quantised_weights(student, hidden_Nd)
+    file = folder / "decoder.safetensors"
+    write_atomically(file, lambda path: save_file(weights, path), "MODEL")
+    graph = Graph(file)
+    outputs = step_graph(graph, config)
+    state = ("FLOAT", (config.num_layers, "B", config.hidden_size))
+    inputs = {"token_1B": ("INT64", (1, "B")), "h_LBH": state, "c_LBH": state}
+    metadata = {"vocab_size": str(config.vocab_size)}
+    graph.save(folder / "decoder.onnx", inputs, outputs, [folder / "model.safetensors"], metadata)
+    return folder / "decoder.onnx"
