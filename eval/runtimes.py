@@ -16,9 +16,13 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 from torch import Tensor
 
+from distill.config import UserError
+from distill.decode import find_student, load_decoder
 from distill.packaged import PREFIX, resolve_package
+from distill.sampling import Sampler
 from distill.student import LSTMCache, LSTMForCausalLM
 from distill.teacher import LanguageModel, hardware_has_bf16, resolve_model
 from eval.command import Subject
@@ -149,6 +153,39 @@ class LlamaCppSession:
         return self.token_bytes * self.llama.n_tokens
 
 
+class DecoderSession:
+    """The student's quantised graph in onnxruntime (`distill/decode.py`), made beside it where it is missing."""
+
+    largest_batch: float = math.inf
+    longest_context: float = math.inf
+
+    def __init__(self, subject: Subject, threads: int, context: int) -> None:
+        try:
+            folder = find_student(subject.config.model)
+            self.decoder = load_decoder(folder, threads)
+        except UserError as error:  # onnxruntime is an extra
+            raise Unavailable(str(error)) from None
+        self.vocab_size = self.decoder.vocab_size
+        sizes = {name: value.nbytes for name, value in load_file(folder / "decoder.safetensors").items()}
+        rows = sum(size for name, size in sizes.items() if name.split(".")[0] in ("embedding", "head"))
+        self.disk_bytes = self.weight_bytes = sum(sizes.values())
+        self.read_bytes = self.weight_bytes - rows  # a step reads a few of their rows only
+        self.greedy = Sampler(temperature=0)
+
+    def start(self, ids_BT: np.ndarray) -> np.ndarray:
+        self.lanes = self.decoder.lanes(len(ids_BT))
+        for tokens_B in ids_BT[:, :-1].T:
+            self.lanes.read(tokens_B)
+        return self.step(ids_BT[:, -1])
+
+    def step(self, tokens_B: np.ndarray) -> np.ndarray:
+        self.lanes.read(tokens_B)
+        return np.array([self.lanes.choose(b, self.greedy) for b in range(len(tokens_B))])
+
+    def state_bytes(self) -> int:
+        return sum(part.nbytes for part in self.lanes.states[0])
+
+
 def disk_bytes(subject: Subject) -> int:
     """Bytes of the weights' files, 0 where they are not a local folder."""
     folder = Path(resolve_model(subject.config.model))
@@ -168,6 +205,7 @@ RUNTIMES: dict[str, dict[str, Opener]] = {
         "PyTorch fp32": lambda subject, threads, context: TorchSession(subject, "fp32"),
         "PyTorch bf16": lambda subject, threads, context: TorchSession(subject, "bf16"),
         "compiled fp32": lambda subject, threads, context: TorchSession(subject, "fp32", compiled=True),
+        "decoder int8": DecoderSession,
     },
 }
 

@@ -16,6 +16,8 @@ import torch
 from conftest import World, run_eval
 
 from distill.config import UserError
+from distill.decode import find_student, load_decoder, stream
+from distill.sampling import Sampler
 from eval.command import Subject, make_subjects
 from eval.latency import SLOW_SECONDS, figures_of, main, measure_sessions, open_sessions
 from eval.runtimes import RUNTIMES, LlamaCppSession, TorchSession, Unavailable
@@ -100,6 +102,22 @@ def test_a_session_continues_like_generate(run_folder: Path, role: str) -> None:
     assert session.read_bytes == 4 * (everything - network.get_input_embeddings().weight.numel())
     assert session.disk_bytes > 4 * everything
     assert session.longest_context == (256 if role == "teacher" else math.inf)
+
+
+def test_the_decoder_is_a_runtime(run_folder: Path) -> None:
+    """Token by token what the decoder itself says, and the state of an LSTM."""
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    (subject,) = make_subjects([str(run_folder)], ("student",))
+    session = RUNTIMES["student"]["decoder int8"](subject, 1, 64)
+    prompt_BT = np.array([[0, 5, 6, 7], [0, 9, 8, 11]])
+    tokens = [session.start(prompt_BT)]
+    for _ in range(3):
+        tokens.append(session.step(tokens[-1]))
+    decoder = load_decoder(find_student(str(run_folder)), 1)
+    said = stream(decoder, prompt_BT.tolist(), 4, Sampler(temperature=0))
+    assert [step.tolist() for step in tokens] == list(said)
+    assert session.state_bytes() == 2 * 2 * 16 * 4
+    assert session.read_bytes < session.weight_bytes
 
 
 def test_the_command_on_a_run(run_folder: Path) -> None:
