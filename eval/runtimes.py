@@ -175,11 +175,11 @@ class DecoderSession:
     def start(self, ids_BT: np.ndarray) -> np.ndarray:
         self.lanes = self.decoder.lanes(len(ids_BT))
         for tokens_B in ids_BT[:, :-1].T:
-            self.lanes.read(tokens_B)
+            self.lanes.read(tokens_B.tolist())
         return self.step(ids_BT[:, -1])
 
     def step(self, tokens_B: np.ndarray) -> np.ndarray:
-        self.lanes.read(tokens_B)
+        self.lanes.read(tokens_B.tolist())
         return np.array([self.lanes.choose(b, self.greedy) for b in range(len(tokens_B))])
 
     def state_bytes(self) -> int:

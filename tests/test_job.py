@@ -116,7 +116,8 @@ def test_early_stopping_ends_a_stage(world: World, tmp_path: Path) -> None:
     assert steps == [(0, 1), (0, 2), (0, 3), (1, 4), (1, 5)]
 
 
-def test_model_card_says_what_was_measured(run_folder: Path, tmp_path: Path) -> None:
+def test_model_card_says_what_was_measured(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(run_folder.parent.parent)  # what the recipe's output_dir is relative to
     recipe, result = load_recipe(run_folder), result_of(run_folder)
     write_card(recipe, result, tmp_path)
     card = ModelCard.load(tmp_path / "README.md")

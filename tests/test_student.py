@@ -338,22 +338,39 @@ def test_a_reset_at_the_first_position_drops_the_incoming_state():
     torch.testing.assert_close(logits_BTV[1], carried_BTV[1], **TIGHT)
 
 
-def test_lstm_runs_once_per_piece():
-    student = make_student()
-    calls: list[int] = []
+def test_one_run_forgets_in_the_middle(monkeypatch: pytest.MonkeyPatch):
+    """T positions, and a step more for each reset after the first position of the row with most of them."""
+    student, lstm, calls = make_student(), torch.lstm, []
     student.model.layers[0].lstm.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[1]))
-    ids_BT, reset_BT, _ = packed_rows()
+    student.model.layers = student.model.layers[:1]
+
+    def watched(input_BSI, *arguments):
+        calls.append(input_BSI.shape[1])
+        return lstm(input_BSI, *arguments)
+
+    monkeypatch.setattr(torch, "lstm", watched)
+    ids_BT, reset_BT, _ = packed_rows()  # documents begin at 0, 3, 4 in one row and at 0, 1, 6 in the other
     first_only_BT = torch.zeros_like(reset_BT)
     first_only_BT[:, 0] = True
-    for mask, expected in [
-        (None, [8]),
-        (torch.zeros_like(reset_BT), [8]),
-        (first_only_BT, [8]),
-        (reset_BT, [1, 2, 1, 2, 2]),  # documents begin at 0, 3, 4 in one row and at 0, 1, 6 in the other
-    ]:
+    for mask, expected in [(None, 8), (torch.zeros_like(reset_BT), 8), (first_only_BT, 8), (reset_BT, 8 + 2)]:
         calls.clear()
         student(ids_BT, reset_mask=mask)
-        assert calls == expected
+        assert calls == [expected]
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_state_after_several_documents_is_that_of_the_last_one(bf16: bool):
+    """In rows with no reset, one, and two: the shorter ones hold their state while the others go on."""
+    student = make_student()
+    ids_BT, reset_BT = random_ids(3, 8), torch.zeros(3, 8, dtype=torch.bool)
+    reset_BT[1, 5] = reset_BT[2, 2] = reset_BT[2, 3] = True
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if bf16 else TIGHT
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        found = student(ids_BT, reset_mask=reset_BT).past_key_values
+        for row, begin in enumerate((0, 5, 3)):
+            alone = student(ids_BT[row : row + 1, begin:]).past_key_values
+            torch.testing.assert_close(found.h_LBH[:, row], alone.h_LBH[:, 0], **tolerance)
+            torch.testing.assert_close(found.c_LBH[:, row], alone.c_LBH[:, 0], **tolerance)
 
 
 LENGTHS = [2, 6, 3]  # real tokens per row of the left-padded batch
