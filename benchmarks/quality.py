@@ -41,7 +41,7 @@ def compare(name: str, recipe: str, overrides: Sequence[str], seed: int) -> dict
     """Curves of all ways with one seed, and what follows."""
     common = [f"evaluation.every.minutes={EVERY}", *overrides, f"run.seed={seed}"]
     candidates = next((s.candidates for s in load_recipe(recipe, common).stages if s.candidates), None)
-    ours = run_recipe("quality", f"{name}-{seed}-ours", recipe, [*common, "control=true"])
+    ours = run_recipe("quality", f"{name}-{seed}-ours", recipe, [*common, "control.candidates=null"])
     minutes = ours["student"]["train_seconds"] / 60
     curves: dict[str, Points] = {"ours": ours["curves"]["student"], "control": ours["curves"]["control"]}
     random = [*common, "control=false", "student.transplant=false", "targets.cache=false", "targets.max_tokens=null"]
