@@ -19,7 +19,13 @@ def test_two_sizes_share_one_cache(world: World, tmp_path: Path) -> None:
         *(f"teacher.model={world.teacher}", "teacher.dtype=fp32", "teacher.context=4", "student.fit_tokens=128"),
         *(f"corpus.source={world.text}", "corpus.text_field=text", "corpus.separator=<|end|>"),
         *("corpus.block_length=8", f"corpus.cache_dir={tmp_path / 'cache'}", "targets.max_tokens=512"),
-        *("stages.0.length.steps=3", "stages.1.length.steps=3", "evaluation.every.steps=3"),
+        *(
+            "stages.0.length.steps=3",
+            "stages.1.length.steps=3",
+            "stages.0.candidates=12",
+            "stages.1.candidates=12",
+            "evaluation.every.steps=3",
+        ),
         *("evaluation.new_tokens=2", "evaluation.decode_seconds=0.1"),
     ]
     logs = []
