@@ -30,6 +30,7 @@ import os
 import shutil
 import uuid
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1  # of the stored files and what they mean; a new number makes every corpus be built anew
 SIDES = ("train", "validation", "test")
+COUNTED = 2**22  # tokens that are counted at one time: counting takes eight bytes for each
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,13 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.starts) - 1
+
+    def occurrences(self, vocab_size: int) -> np.ndarray:
+        """How often each token stands in the stream, (vocab_size,) int64; read a piece at a time."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for start in range(0, len(self.tokens), COUNTED):
+            counts += np.bincount(self.tokens[start : start + COUNTED], minlength=vocab_size)
+        return counts
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document with the separator that starts it, without the one that starts the next."""
@@ -276,7 +285,7 @@ class Blocks:
     """
 
     def __init__(self, split: Split, block_length: int, context: int, reset_at_documents: bool) -> None:
-        self.tokens, self.block_length, self.context = split.tokens, block_length, context
+        self.split, self.tokens, self.block_length, self.context = split, split.tokens, block_length, context
         self.reset_at_documents = reset_at_documents
         self.starts = split.starts if reset_at_documents else np.zeros(1, dtype=np.int64)
         self.count = (len(self.tokens) - 1) // block_length
@@ -317,6 +326,7 @@ class Blocks:
         )
 
 
+@lru_cache(maxsize=1)  # a step asks for its epoch's order several times
 def lane_order(num_blocks: int, lanes: int, epoch: int, seed: int) -> np.ndarray:
     """Block numbers of one epoch, (steps, lanes): each lane walks blocks that follow each other.
 
@@ -333,4 +343,6 @@ def lane_order(num_blocks: int, lanes: int, epoch: int, seed: int) -> np.ndarray
         )
     steps = num_blocks // lanes
     rotation = np.random.default_rng([seed, epoch]).integers(num_blocks)
-    return (rotation + np.arange(lanes) * steps + np.arange(steps)[:, None]) % num_blocks
+    order = (rotation + np.arange(lanes) * steps + np.arange(steps)[:, None]) % num_blocks
+    order.flags.writeable = False
+    return order

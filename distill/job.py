@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
 import yaml
@@ -238,7 +237,7 @@ class TeacherAndText:
     def _trim_vocabulary(self, min_count: int) -> None:
         """Go on with a part of the vocabulary, in teacher and text; the whole ones are kept to be compared with."""
         whole = self.whole_corpus
-        occurrences = np.bincount(whole.train.tokens, minlength=self.teacher.vocab_size)
+        occurrences = whole.train.occurrences(self.teacher.vocab_size)
         trimmed = trim_tokenizer(self.teacher.tokenizer, occurrences, min_count)
         self.teacher = self.teacher.trimmed(trimmed.tokenizer, trimmed.teacher_ids_V)
         with self.accelerator.main_process_first():

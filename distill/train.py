@@ -277,8 +277,7 @@ class Training:
     @cached_property
     def occurrences_V(self) -> Tensor:
         """How often each token stands in the training text."""
-        occurrences = np.bincount(self.all_blocks.tokens, minlength=self.teacher.vocab_size)
-        return torch.from_numpy(occurrences).to(self.accelerator.device)
+        return torch.from_numpy(self.all_blocks.split.occurrences(self.teacher.vocab_size)).to(self.accelerator.device)
 
     def _sampler(self, stage: StageConfig) -> CandidateSampler | None:
         if stage.candidates is None:

@@ -40,6 +40,7 @@ from distill.metrics import (
     rows_of,
     scored,
 )
+from distill.output import print_table
 from distill.teacher import LanguageModel
 from eval.command import (
     Figures,
@@ -54,7 +55,6 @@ from eval.command import (
     make_subjects,
     make_texts,
 )
-from eval.output import print_table
 
 BINS = 15
 ENTROPY_EDGES = (0.5, 1.5, 3.0, 4.5)  # nats
@@ -164,10 +164,10 @@ def summarise(values: PerTarget, documents: Documents, frequency_M: Tensor) -> F
 def frequencies(text: Text, documents: Documents, model: LanguageModel) -> Tensor:
     """How frequent each target is (M,): its share of the training split's tokens, or of this text's own."""
     targets_M = np.concatenate([tokens[1:] for tokens in documents.tokens]).astype(np.int64)
-    counted = targets_M
-    if text.split != "all":
-        counted = np.asarray(load_corpus(text.corpus, model.tokenizer, progress=False).train.tokens)
-    counts_V = np.bincount(counted, minlength=model.vocab_size)
+    if text.split == "all":
+        counts_V = np.bincount(targets_M, minlength=model.vocab_size)
+    else:
+        counts_V = load_corpus(text.corpus, model.tokenizer, progress=False).train.occurrences(model.vocab_size)
     return torch.from_numpy(counts_V[targets_M] / counts_V.sum())
 
 
