@@ -11,12 +11,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-
 from distill.command import guarded
-from distill.config import UserError
 from distill.job import TeacherAndText, leave, start_accelerator
+from distill.output import print_table
 from distill.recipe import load_recipe
 
 
@@ -40,30 +37,20 @@ def build(recipe_name: str, overrides: Sequence[str], push: str | None) -> None:
         if not accelerator.is_main_process:
             return
         tokens = len(parts.cached_blocks) * recipe.corpus.block_length
-        table = Table("targets", "tokens", "shards", "bytes/token", "built in", "tokens/s", title=str(targets.folder))
-        table.add_row(
-            targets.encoding.kind,
-            f"{tokens:,}",
-            str(len(targets.manifest["shards"])),
-            f"{targets.bytes_per_token:.1f}",
-            f"{targets.seconds:.1f} s",
-            f"{tokens / max(targets.seconds, 1e-9):,.0f}",
-        )
-        Console(width=None if sys.stdout.isatty() else 120).print(table)
+        row = {
+            "targets": targets.encoding.kind,
+            "tokens": f"{tokens:,}",
+            "shards": str(len(targets.manifest["shards"])),
+            "bytes/token": f"{targets.bytes_per_token:.1f}",
+            "built in": f"{targets.seconds:.1f} s",
+            "tokens/s": f"{tokens / max(targets.seconds, 1e-9):,.0f}",
+        }
+        print_table(str(targets.folder), [row])
         if push:
-            from huggingface_hub import HfApi
-            from huggingface_hub.errors import HfHubHTTPError
+            from distill.hub import upload
 
-            try:
-                HfApi().create_repo(push, repo_type="dataset", private=True, exist_ok=True)
-                HfApi().upload_folder(
-                    repo_id=push,
-                    folder_path=targets.folder,
-                    repo_type="dataset",
-                    ignore_patterns=[".lock"],
-                )
-            except (HfHubHTTPError, OSError) as error:
-                raise UserError(f"--push {push}: {str(error).strip().splitlines()[0]}; the cache is complete") from None
+            message = f"Soft targets of {parts.teacher.name}"
+            upload(targets.folder, push, True, None, message, repo_type="dataset", ignore=[".lock"])
     finally:
         leave(accelerator)
 

@@ -46,7 +46,7 @@ def publish(recipe: Recipe, result: dict[str, Any]) -> str:
     publishing = recipe.publishing
     assert publishing.repo is not None, "publishing is asked for by naming a repository"
     folder = stage(recipe, result, publishing.repo)
-    return upload(folder, publishing.repo, publishing.private, publishing.branch, recipe.teacher.model)
+    return upload(folder, publishing.repo, publishing.private, publishing.branch, f"Student of {recipe.teacher.model}")
 
 
 def stage(
@@ -98,16 +98,24 @@ def stage(
     return target
 
 
-def upload(folder: Path, repo: str, private: bool, branch: str | None, teacher: str) -> str:
-    """Upload a folder in one commit; returns its address. UserError if the hub refuses or stays unreachable."""
+def upload(
+    folder: Path, repo: str, private: bool, branch: str | None, message: str, *, repo_type: str = "model",
+    ignore: Sequence[str] = (),
+) -> str:  # fmt: skip
+    """Upload a folder in one commit, without files that a pattern in `ignore` fits; returns the commit's address.
+
+    UserError if the hub refuses or stays unreachable.
+    """
     api = HfApi()
 
     def once() -> str:
-        api.create_repo(repo, private=private, exist_ok=True)
+        api.create_repo(repo, private=private, exist_ok=True, repo_type=repo_type)
         if branch:
-            api.create_branch(repo, branch=branch, exist_ok=True)
-        message = f"Student of {teacher}"
-        commit = api.upload_folder(repo_id=repo, folder_path=folder, revision=branch, commit_message=message)
+            api.create_branch(repo, branch=branch, exist_ok=True, repo_type=repo_type)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, revision=branch, commit_message=message, repo_type=repo_type,
+            ignore_patterns=list(ignore),
+        )  # fmt: skip
         return commit.commit_url
 
     try:
@@ -119,7 +127,7 @@ def upload(folder: Path, repo: str, private: bool, branch: str | None, teacher: 
             401: "log in with `hf auth login` or set HF_TOKEN",
             403: "the token may not write there: choose a name of your own, or a token with write access",
         }.get(status or 0, "try again later: what has arrived is not sent twice")
-        raise UserError(f"{repo}: the hub refused: {reason}. The student lies in {folder}; {todo}") from None
+        raise UserError(f"{repo}: the hub refused: {reason}. All of it lies in {folder}; {todo}") from None
     logger.info("published: %s", address)
     return address
 

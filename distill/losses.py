@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.signals import SparseSignal
+from distill.signals import ENCODING_ROWS, HiddenSignal, SparseSignal
 
 TINY = 1e-37  # in place of a probability of 0, whose logarithm is infinite
 
@@ -30,6 +30,14 @@ def forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0)
     """KL(p || q): the student must cover all that the teacher holds possible."""
     log_p_NV, log_q_NV = _log_softmax(teacher_NV, temperature), _log_softmax(student_NV, temperature)
     return temperature**2 * F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True)
+
+
+def mean_forward_kl(student: HiddenSignal, teacher: HiddenSignal) -> float:
+    """KL(p || q) in nats a token of two signals of the same tokens, at temperature 1 and some rows at a time."""
+    tokens = len(teacher.hidden_Nd)
+    parts = [slice(start, start + ENCODING_ROWS) for start in range(0, tokens, ENCODING_ROWS)]
+    with torch.inference_mode():
+        return sum(forward_kl(student.logits(rows), teacher.logits(rows)).item() for rows in parts) / tokens
 
 
 def reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:

@@ -12,15 +12,11 @@ Legend: N tokens, V vocabulary, d width of the teacher, r rank.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -29,10 +25,10 @@ from distill.config import UserError
 from distill.geometry import Basis, HiddenMoments, MetricSums
 from distill.groundwork import BASIS_RIDGE
 from distill.job import TeacherAndText, Validator, leave, start_accelerator
+from distill.losses import mean_forward_kl
+from distill.output import print_json, print_table
 from distill.recipe import load_recipe
 from distill.signals import Encoding, Head, HiddenSignal
-
-ROWS = 256
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,18 +61,20 @@ def measure(recipe_name: str, overrides: Sequence[str], ranks: Sequence[int]) ->
             assert isinstance(signal, HiddenSignal)
             moments.add(signal.hidden_Nd)
             fisher.add(signal.hidden_Nd)
-        rows = compare(teacher.head, reference.hidden_Md, moments, fisher, ranks)
+        device = teacher.head.weight_Vd.device
+        rows = compare(teacher.head, reference.hidden_Md.to(device), moments, fisher, ranks)
     finally:
         leave(accelerator)
-    table = Table(
-        "rank", "head, M parameters", *(f"KL {name}" for name in METHODS), title=f"Low rank of {teacher.name}"
-    )
-    for row in rows:
-        table.add_row(
-            str(row["rank"]), f"{row['parameters'] / 1e6:.1f}", *(f"{row['kl_nats'][name]:.3f}" for name in METHODS)
-        )
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print(json.dumps({"teacher": teacher.name, "tokens": len(reference.hidden_Md), "rows": rows}))
+    table = [
+        {
+            "rank": str(row["rank"]),
+            "head, M parameters": f"{row['parameters'] / 1e6:.1f}",
+            **{f"KL {name}": f"{row['kl_nats'][name]:.3f}" for name in METHODS},
+        }
+        for row in rows
+    ]
+    print_table(f"Low rank of {teacher.name}", table)
+    print_json({"teacher": teacher.name, "tokens": len(reference.hidden_Md), "rows": rows})
 
 
 METHODS = ("plain", "identity", "gram", "fisher")
@@ -93,27 +91,16 @@ def compare(
         "fisher": fisher.matrix(BASIS_RIDGE),
     }
     _, _, axes_dd = torch.linalg.svd(head.weight_Vd.float(), full_matrices=False)
-    rows = []
+    exact, rows = HiddenSignal(hidden_Md, head), []
     for rank in ranks:
-        projector_dd = axes_dd[:rank].t() @ axes_dd[:rank]
-        found = {"plain": _divergence(head, hidden_Md, head, lambda h_Nd, P=projector_dd: h_Nd.float() @ P)}  # type: ignore[misc]
+        plain_Md = hidden_Md.float() @ axes_dd[:rank].t() @ axes_dd[:rank]
+        found = {"plain": mean_forward_kl(HiddenSignal(plain_Md, head), exact)}
         for name, metric_dd in metrics.items():
             basis = Basis.of(mean_d, covariance_dd, metric_dd.to(covariance_dd.device), rank)
-            found[name] = _divergence(head, hidden_Md, basis.head(head), basis.coordinates)
+            low = HiddenSignal(basis.coordinates(hidden_Md), basis.head(head))
+            found[name] = mean_forward_kl(low, exact)
         rows.append({"rank": rank, "parameters": len(head.weight_Vd) * rank, "kl_nats": found})
     return rows
-
-
-def _divergence(head: Head, hidden_Md: Tensor, other: Head, reduce: Callable[[Tensor], Tensor]) -> float:
-    """KL(head of h || other head of the reduced h), mean over M."""
-    total = 0.0
-    with torch.inference_mode():
-        for start in range(0, len(hidden_Md), ROWS):
-            hidden_Nd = hidden_Md[start : start + ROWS].to(head.weight_Vd.device)
-            log_p_NV = F.log_softmax(head.logits(hidden_Nd), -1)
-            log_q_NV = F.log_softmax(other.logits(reduce(hidden_Nd)), -1)
-            total += F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True).item()
-    return total / len(hidden_Md)
 
 
 if __name__ == "__main__":

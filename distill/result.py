@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from distill.checkpoint import write_atomically
+from distill.output import print_table
 
 Points = list[dict[str, Any]]
 
@@ -99,12 +99,8 @@ def table_rows(result: dict[str, Any]) -> list[dict[str, str]]:
 def print_result(result: dict[str, Any], folder: Path, console: Console | None = None) -> None:
     """Table, continuations and what distillation gained, for the terminal."""
     console = console or Console()
-    table = Table(title=f"{result['name']}, validation on {result['student']['tokens']:,} tokens")
-    for number, column in enumerate(table_rows(result)[0]):
-        table.add_column(column, justify="left" if number == 0 else "right")
-    for row in table_rows(result):
-        table.add_row(*row.values())
-    console.print(table)
+    title = f"{result['name']}, validation on {result['student']['tokens']:,} tokens"
+    print_table(title, table_rows(result), console=console)
     for sample in result["samples"]:
         for kind in ("greedy", "sampled"):
             text = " ".join(sample[kind].split())

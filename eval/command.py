@@ -29,12 +29,12 @@ from distill.corpus import load_corpus, separator_id
 from distill.documents import open_documents
 from distill.job import select_documents
 from distill.metrics import Documents
+from distill.output import machine, print_json
 from distill.recipe import load_recipe
 from distill.result import versions
 from distill.student import LSTMForCausalLM
 from distill.teacher import LanguageModel, load_language_model
 from distill.tracking import log_evaluation
-from eval.output import machine, print_json
 
 logger = logging.getLogger(__name__)
 ROLES = ("teacher", "student", "control")

@@ -29,6 +29,7 @@ import torch
 
 from distill.config import UserError
 from distill.metrics import Documents, Row, scored
+from distill.output import print_table
 from distill.teacher import LanguageModel
 from eval.command import (
     Figures,
@@ -42,7 +43,6 @@ from eval.command import (
     make_subjects,
     make_texts,
 )
-from eval.output import print_table
 
 Ids = list[int]
 

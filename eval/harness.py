@@ -27,6 +27,7 @@ import yaml
 from distill.config import UserError
 from distill.corpus import side_of
 from distill.documents import open_documents
+from distill.output import print_table
 from distill.teacher import LanguageModel
 from eval.command import (
     Figures,
@@ -39,7 +40,6 @@ from eval.command import (
     make_subjects,
     make_texts,
 )
-from eval.output import print_table
 
 LAST_WORD = re.compile(r"^(.*\S)\s+([^\W\d_]{3,})[.!?]$", re.DOTALL)
 

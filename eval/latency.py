@@ -35,8 +35,8 @@ import torch
 from tqdm.auto import tqdm
 
 from distill.config import UserError
+from distill.output import print_table
 from eval.command import Figures, Subject, execute, finish, make_parser, make_subjects
-from eval.output import print_table
 from eval.runtimes import Opener, Session, Unavailable, runtimes_of
 
 BUFFER_BYTES = 2**29  # read for the bandwidth: far beyond any cache

@@ -38,10 +38,10 @@ from tqdm.auto import tqdm
 from distill.checkpoint import write_atomically
 from distill.config import EvaluationConfig, UserError
 from distill.metrics import Documents, Row, reading_window, rows_of, scored
+from distill.output import print_table
 from distill.student import LSTMBlock, LSTMForCausalLM
 from distill.teacher import LanguageModel
 from eval.command import Figures, Subject, add_corpus_options, execute, finish, make_parser, make_subjects, make_texts
-from eval.output import print_table
 
 CONTEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 DISTANCES = (0, 8, 32, 128, 512)

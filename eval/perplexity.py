@@ -22,9 +22,9 @@ from tqdm.auto import tqdm
 
 from distill.config import EvaluationConfig
 from distill.metrics import Documents, Score, bootstrap_interval, reading_window, score
+from distill.output import print_table
 from distill.teacher import LanguageModel
 from eval.command import Figures, Subject, add_corpus_options, execute, finish, make_parser, make_subjects, make_texts
-from eval.output import print_table
 
 
 def evaluate(model: LanguageModel, documents: Documents, evaluation: EvaluationConfig) -> Score:

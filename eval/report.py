@@ -23,6 +23,7 @@ import torch
 
 from distill.checkpoint import write_atomically, write_json
 from distill.config import UserError
+from distill.output import print_json, print_table
 from distill.teacher import hardware_has_bf16
 from distill.tracking import log_evaluation
 from eval.agreement import main as agreement
@@ -31,7 +32,6 @@ from eval.gather import gather
 from eval.generate import main as generate
 from eval.latency import main as latency
 from eval.memory import main as memory
-from eval.output import print_json, print_table
 from eval.perplexity import main as perplexity
 from eval.pictures import draw_pictures
 

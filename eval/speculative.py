@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import heapq
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,13 +32,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import DynamicCache
 
 from distill.command import guarded
 from distill.config import UserError
 from distill.decode import end_tokens, find_student, load_decoder
+from distill.output import print_json, print_table
 from distill.sampling import Sampler
 from distill.session import available_cores
 from distill.teacher import LanguageModel, load_language_model
@@ -280,17 +278,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     rows = compare(options)
-    table = Table(title=f"{options.student} drafts for {options.teacher}, {options.new_tokens} greedy tokens a prompt")
-    table.add_column("decoding")
-    for heading in ("tok/s", "speed-up", "acceptance", "accepted length", "same tokens"):
-        table.add_column(heading, justify="right")
-    for name, row in rows.items():
-        table.add_row(
-            name, f"{row['tokens_per_second']:.1f}", f"{row['speedup']:.2f}", f"{row['acceptance_rate']:.3f}",
-            f"{row['accepted_length']:.2f}", f"{row['identical_tokens']:.3f}",
-        )  # fmt: skip
-    Console().print(table)
-    print(json.dumps(rows))
+    table = [
+        {
+            "decoding": name,
+            "tok/s": f"{row['tokens_per_second']:.1f}",
+            "speed-up": f"{row['speedup']:.2f}",
+            "acceptance": f"{row['acceptance_rate']:.3f}",
+            "accepted length": f"{row['accepted_length']:.2f}",
+            "same tokens": f"{row['identical_tokens']:.3f}",
+        }
+        for name, row in rows.items()
+    ]
+    title = f"{options.student} drafts for {options.teacher}, {options.new_tokens} greedy tokens a prompt"
+    print_table(title, table)
+    print_json(rows)
 
 
 def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:

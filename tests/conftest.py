@@ -75,11 +75,46 @@ class World:
     recipe: Path
 
 
+def save_llama(folder: Path, seed: int = 0, **sizes: Any) -> None:
+    """A tiny random Llama, for a tokenizer whose first token ends documents."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    default = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+    torch.manual_seed(seed)
+    config = LlamaConfig(**{**default, **ids, "max_position_embeddings": 256, "tie_word_embeddings": False, **sizes})
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+NO_POTSTILL = """
+import sys, torch
+
+
+class NoPotstill:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "distill":
+            raise ImportError("the stranger has not installed potstill")
+
+
+sys.meta_path.insert(0, NoPotstill())
+torch.set_num_threads(1)
+"""
+
+
+def run_stranger(script: str, *arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A Python script in a process that cannot import this package."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, "-c", NO_POTSTILL + script, *arguments],
+        env={**inherited, **environment}, cwd=cwd, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("world")
     rng = random.Random(0)
@@ -94,22 +129,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", unk_token="<|unk|>", pad_token="<|end|>"
     ).save_pretrained(teacher)
-    torch.manual_seed(0)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,  # padded: the tokenizer has fewer
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.2,
-            eos_token_id=0,
-            bos_token_id=0,
-            pad_token_id=0,
-            tie_word_embeddings=False,
-        )
-    ).save_pretrained(teacher)
+    save_llama(teacher, vocab_size=64, initializer_range=0.2)  # padded: the tokenizer has fewer
 
     recipe = folder / "tiny.yaml"
     recipe.write_text(
@@ -169,9 +189,8 @@ def other_weights(world: World, tmp_path: Path) -> Path:
 @pytest.fixture
 def other_teacher(tmp_path: Path) -> Path:
     """A model whose tokens are characters."""
-    import torch
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     folder = tmp_path / "other_teacher"
     letters = ["<|stop|>", "<|unk|>", " ", *"abcdefghijklmnopqrstuvwxyz"]
@@ -180,20 +199,10 @@ def other_teacher(tmp_path: Path) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|stop|>", unk_token="<|unk|>", pad_token="<|stop|>"
     ).save_pretrained(folder)
-    torch.manual_seed(2)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(letters),
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=512,
-            eos_token_id=0,
-            bos_token_id=0,
-            pad_token_id=0,
-        )  # fmt: skip
-    ).save_pretrained(folder)
+    save_llama(
+        folder, seed=2, vocab_size=len(letters), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        max_position_embeddings=512,
+    )  # fmt: skip
     return folder
 
 

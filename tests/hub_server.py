@@ -4,8 +4,8 @@
         hub.faults.append(Fault("PUT /_lfs/", status=503))
         subprocess.run(command, env={**os.environ, **hub.environment(home)})
 
-It speaks what huggingface_hub needs of the protocol to create, upload and download models, with regular and LFS
-files. A token names its user; `reader` may only read. It checks the protocol, not the real hub's policies.
+It speaks what huggingface_hub needs of the protocol to create, upload and download models and data sets, with regular
+and LFS files. A token names its user; `reader` may only read. It checks the protocol, not the real hub's policies.
 """
 
 from __future__ import annotations
@@ -261,16 +261,16 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, data, headers)
 
 
-MODEL = r"([^/]+/[^/]+)"
+KIND, NAME = "(?:models|datasets)", r"([^/]+/[^/]+)"
 ROUTES = [
     (r"POST /api/repos/create", Handler.create),
     (r"POST /api/validate-yaml", Handler.validate),
-    (rf"POST /api/models/{MODEL}/preupload/([^/]+)", Handler.preupload),
-    (rf"POST /{MODEL}\.git/info/lfs/objects/batch", Handler.batch),
+    (rf"POST /api/{KIND}/{NAME}/preupload/([^/]+)", Handler.preupload),
+    (rf"POST /(?:datasets/)?{NAME}\.git/info/lfs/objects/batch", Handler.batch),
     (r"PUT /_lfs/([0-9a-f]{64})", Handler.store),
-    (rf"POST /api/models/{MODEL}/branch/([^/]+)", Handler.branch),
-    (rf"POST /api/models/{MODEL}/commit/([^/]+)", Handler.commit),
-    (rf"(?:GET|HEAD) /api/models/{MODEL}(?:/revision/([^/]+))?", Handler.info),
-    (rf"GET /api/models/{MODEL}/tree/([^/]+)", Handler.tree),
-    (rf"(?:GET|HEAD) /{MODEL}/resolve/([^/]+)/(.+)", Handler.resolve),
+    (rf"POST /api/{KIND}/{NAME}/branch/([^/]+)", Handler.branch),
+    (rf"POST /api/{KIND}/{NAME}/commit/([^/]+)", Handler.commit),
+    (rf"(?:GET|HEAD) /api/{KIND}/{NAME}(?:/revision/([^/]+))?", Handler.info),
+    (rf"GET /api/{KIND}/{NAME}/tree/([^/]+)", Handler.tree),
+    (rf"(?:GET|HEAD) /(?:datasets/)?{NAME}/resolve/([^/]+)/(.+)", Handler.resolve),
 ]

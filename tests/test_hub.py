@@ -6,16 +6,13 @@ python -m pytest tests/test_hub.py
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import World, result_of, run_command
+from conftest import World, result_of, run_command, run_stranger
 from hub_server import Fault, Hub
 from huggingface_hub import ModelCard, constants
 
@@ -60,19 +57,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 STRANGER = """
-import sys, torch
-
-
-class NoPotstill:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "distill":
-            raise ImportError("the stranger has not installed potstill")
-
-
-sys.meta_path.insert(0, NoPotstill())
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-torch.set_num_threads(1)
 revision = sys.argv[1]
 model = AutoModelForCausalLM.from_pretrained("me/tiny", revision=revision, trust_remote_code=True)
 tokenizer = AutoTokenizer.from_pretrained("me/tiny", revision=revision)
@@ -100,12 +86,8 @@ def test_published_and_loaded_by_a_stranger(hub: Hub, run_folder: Path, tmp_path
     assert files["model.safetensors"] == (run_folder / "student" / "model.safetensors").read_bytes()
     assert not any(b"token-of-me" in data for data in files.values())
 
-    environment = {**os.environ, **hub.environment(tmp_path / "stranger", token=None)}
-    environment.pop("PYTHONPATH", None)
-    found = subprocess.run(
-        [sys.executable, "-c", STRANGER, "dev"],
-        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+    environment = hub.environment(tmp_path / "stranger", token=None)
+    found = run_stranger(STRANGER, "dev", cwd=tmp_path, **environment)
     assert found.returncode == 0, found.stderr
     logits, generated = map(json.loads, found.stdout.splitlines()[-2:])
     student = LSTMForCausalLM.from_pretrained(run_folder / "student")

@@ -11,13 +11,11 @@ measured by running the oracle itself in fp32.
 import copy
 import itertools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import run_stranger
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -572,20 +570,8 @@ def test_auto_classes_know_the_student(tmp_path):
 
 
 STRANGER = """
-import sys
-import torch
-
-
-class NoPotstill:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "distill":
-            raise ImportError("the stranger has not installed potstill")
-
-
-sys.meta_path.insert(0, NoPotstill())
 from transformers import AutoModelForCausalLM
 
-torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules."), type(model)
 ids = torch.tensor([[1, 2, 3]])
@@ -599,14 +585,13 @@ def test_a_stranger_loads_the_folder_without_this_package(tmp_path):
     student.save_pretrained(tmp_path / "student")
     auto_map = json.loads((tmp_path / "student/config.json").read_text())["auto_map"]
     assert auto_map == {"AutoConfig": "student.LSTMConfig", "AutoModelForCausalLM": "student.LSTMForCausalLM"}
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+    environment = {
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path / "home"),
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
     }
     arguments = [str(tmp_path / name) for name in ("student", "output.pt", "again")]
-    command = [sys.executable, "-c", STRANGER, *arguments]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    run = run_stranger(STRANGER, *arguments, cwd=tmp_path, **environment)
     assert run.returncode == 0, run.stderr
     logits_BTV, generated = torch.load(tmp_path / "output.pt")
     ids_BT = torch.tensor([[1, 2, 3]])

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, World, result_of, run_command
+from hub_server import Hub
 
 from distill.config import Recipe, TargetsConfig, UserError
 from distill.corpus import BlockBatch, Blocks
@@ -290,3 +291,30 @@ def test_a_stage_without_teacher_reads_all_of_the_text(
     run(recipe)
     first, middle, last = (seen[-27:][start : start + 9] for start in (0, 9, 18))
     assert max(first) < 80 and max(last) < 80 and max(middle) > 200
+
+
+def test_a_cache_goes_to_the_hub_and_comes_back(world: World, tmp_path: Path) -> None:
+    """Pushed as a data set, downloaded by another run that builds nothing; a cache of other text is refused."""
+    common = [str(world.recipe), "control=false", "targets.cache=true", f"run.output_dir={tmp_path}"]
+    cache = ("-m", "distill.cache")
+    with Hub() as hub:
+        environment = hub.environment(tmp_path / "home")
+        built = f"targets.cache_dir={tmp_path / 'built'}"
+        pushed = run_command(*common, built, "--push", "me/targets", launcher=cache, **environment)
+        assert pushed.returncode == 0, pushed.stderr
+        assert "token-of-me" not in pushed.stdout + pushed.stderr
+        files = hub.files("me/targets")
+        assert hub.repos["me/targets"].private and ".lock" not in files
+        assert files["targets.json"] == (tmp_path / "built" / "targets.json").read_bytes()
+
+        fetched = [*common, "targets.repo=me/targets", f"targets.cache_dir={tmp_path / 'fetched'}"]
+        done = run_command(*fetched, **environment)
+        assert done.returncode == 0, done.stderr
+        assert "hidden targets" not in done.stderr, "nothing is built"
+        shard = Path(shard_file(0))
+        assert (tmp_path / "fetched" / shard).read_bytes() == (tmp_path / "built" / shard).read_bytes()
+
+        other = run_command(*fetched, "corpus.max_documents=300", "run.name=other", **environment)
+        assert other.returncode == 2 and "corpus: the cache has" in other.stderr
+        refused = run_command(*common, built, "--push", "others/targets", launcher=cache, **environment)
+        assert refused.returncode == 2 and "others/targets: the hub refused" in refused.stderr

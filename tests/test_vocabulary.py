@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, World, result_of, run_command
+from conftest import WORDS, World, result_of, run_command, save_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from distill.config import TeacherConfig, UserError
 from distill.teacher import load_teacher
@@ -102,10 +102,7 @@ def bpe_world(world: World, tmp_path_factory: pytest.TempPathFactory) -> World:
     """The tiny world with a teacher that speaks bytes."""
     folder = tmp_path_factory.mktemp("bpe")
     WHOLE.save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = LlamaConfig(vocab_size=len(WHOLE), initializer_range=0.2, tie_word_embeddings=False, **sizes)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    save_llama(folder, vocab_size=len(WHOLE), initializer_range=0.2)
     return replace(world, teacher=folder)
 
 

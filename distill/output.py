@@ -36,14 +36,14 @@ def _cpu_model() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def print_table(title: str, rows: Sequence[Mapping[str, str]], note: str = "") -> None:
+def print_table(title: str, rows: Sequence[Mapping[str, str]], note: str = "", console: Console | None = None) -> None:
     """Rows of equal keys, which are the columns; numbers are formatted by the caller. `note` goes below."""
     table = Table(title=title)
     for number, column in enumerate(rows[0]):
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
         table.add_row(*row.values())
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = console or Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     if note:
         console.print(note, highlight=False, markup=False)
