@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.report import finish, print_table
-from benchmarks.runs import QUICKSTART, run_recipe
+from benchmarks.runs import candidates_of, recipe_parser, run_recipe
 from distill.command import guarded
-from distill.recipe import load_recipe
 
 FROZEN = ("embedding", "head")
 PLAIN = ("student.fit_tokens=0", "student.align_input=false")
@@ -87,17 +86,14 @@ def benchmark(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ablation", description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field of the recipe")
-    parser.add_argument("--recipe", default=QUICKSTART)
+    parser = recipe_parser("ablation", __doc__)
     parser.add_argument("--minutes", type=float, default=1.0, help="training time of each variant")
     parser.add_argument(
         "--candidates", type=int, help="of the stage (default: those of the recipe's first that has some)"
     )
     options = parser.parse_intermixed_args(arguments)
     if options.candidates is None:
-        stages = load_recipe(options.recipe, options.overrides).stages
-        options.candidates = next((stage.candidates for stage in stages if stage.candidates), None)
+        options.candidates = candidates_of(options.recipe, options.overrides)
     return guarded(lambda: benchmark(options))
 
 

@@ -19,32 +19,25 @@ import argparse
 import json
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from benchmarks.report import finish, print_table
-from benchmarks.runs import QUICKSTART, run_recipe
+from benchmarks.report import finish, print_table, seconds
+from benchmarks.runs import recipe_parser, run_recipe
 from distill.command import guarded
 from distill.config import TargetsConfig
 from distill.job import TeacherAndText, leave, start_accelerator
+from distill.losses import mean_forward_kl
 from distill.recipe import load_recipe
 from distill.signals import ENCODING_ROWS, Encoding, HiddenSignal
 from distill.targets import cached_blocks, open_targets
 
 KINDS = ("hidden", "top_k", "sampled")
 STUDENT_TOKENS = 65_536
-
-
-def seconds(call: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
 
 
 class Bench:
@@ -89,17 +82,12 @@ class Bench:
 
     def int8_kl(self, targets: Any) -> float:
         """Mean KL in nats from the exact distribution to the cached one, on the first 4,096 tokens."""
-        total, tokens, head = 0.0, 0, self.teacher.head
+        total, tokens = 0.0, 0
         for ids in self.batches:
             batch = self.blocks.batch(ids)
             exact, stored = self.teacher.signal(batch, Encoding("hidden")), targets.signal(batch)
             assert isinstance(exact, HiddenSignal)
-            with torch.inference_mode():
-                for start in range(0, len(exact.hidden_Nd), ENCODING_ROWS):
-                    rows = slice(start, start + ENCODING_ROWS)
-                    log_p_NV = F.log_softmax(head.logits(exact.hidden_Nd[rows]), -1)
-                    log_q_NV = F.log_softmax(head.logits(stored.hidden_Nd[rows]), -1)
-                    total += F.kl_div(log_q_NV, log_p_NV, reduction="sum", log_target=True).item()
+            total += mean_forward_kl(stored, exact) * len(exact.hidden_Nd)
             tokens += len(exact.hidden_Nd)
             if tokens >= 4096:
                 break
@@ -194,9 +182,7 @@ def benchmark(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.cache", description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field of the recipe")
-    parser.add_argument("--recipe", default=QUICKSTART)
+    parser = recipe_parser("cache", __doc__)
     parser.add_argument("--tokens", type=int, default=16_384, help="tokens of each cache")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--skip-students", action="store_true", help="without the two training runs")

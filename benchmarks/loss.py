@@ -22,7 +22,6 @@ import argparse
 import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.report import finish, print_table
+from benchmarks.report import finish, print_table, seconds
 from distill import losses
 from distill.fused import _ChunkedHeadLoss
 from distill.job import _keep_freed_memory
@@ -113,12 +112,6 @@ class Case:
             logits_NV @ weight_Vd
             if self.weight_Vd.requires_grad:
                 logits_NV.t() @ z_Nd
-
-
-def seconds(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def room_for(tokens: int, kind: str) -> bool:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import FOLDER, finish, print_table
-from benchmarks.runs import QUICKSTART, run_recipe
+from benchmarks.runs import candidates_of, recipe_parser, run_recipe
 from distill.checkpoint import write_atomically
 from distill.command import guarded
 from distill.recipe import load_recipe
@@ -40,7 +40,7 @@ WAYS = ("ours", "control", "control, sampled", "KL, random weights")
 def compare(name: str, recipe: str, overrides: Sequence[str], seed: int) -> dict[str, Any]:
     """Curves of all ways with one seed, and what follows."""
     common = [f"evaluation.every.minutes={EVERY}", *overrides, f"run.seed={seed}"]
-    candidates = next((s.candidates for s in load_recipe(recipe, common).stages if s.candidates), None)
+    candidates = candidates_of(recipe, common)
     ours = run_recipe("quality", f"{name}-{seed}-ours", recipe, [*common, "control.candidates=null"])
     minutes = ours["student"]["train_seconds"] / 60
     curves: dict[str, Points] = {"ours": ours["curves"]["student"], "control": ours["curves"]["control"]}
@@ -139,9 +139,7 @@ def benchmark(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field of the recipe")
-    parser.add_argument("--recipe", default=QUICKSTART)
+    parser = recipe_parser("quality", __doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--long", type=float, default=8.0, help="minutes of the long one's stages; 0 for none")
     options = parser.parse_intermixed_args(arguments)

@@ -1,19 +1,30 @@
-"""How every benchmark reports: a table for people, then one JSON object as the last line, kept in runs/bench/ too."""
+"""How every benchmark takes time and reports: a table for people, then one JSON object as the last line.
+
+The object is also kept as runs/bench/NAME.json.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from distill.checkpoint import write_atomically
+from distill.output import machine, print_json, print_table
 from distill.result import versions
-from eval.output import machine, print_json, print_table
 
-__all__ = ["finish", "machine", "print_table"]
+__all__ = ["finish", "machine", "print_table", "seconds"]
 
 FOLDER = Path("runs/bench")
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """How long a call takes."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
 
 
 def finish(name: str, figures: Mapping[str, Any]) -> None:

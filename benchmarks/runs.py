@@ -1,7 +1,8 @@
-"""Whole runs of a recipe as parts of a benchmark; a finished one is kept, so that a stopped benchmark goes on."""
+"""What the benchmarks of a recipe share: their command line, and whole runs, which are kept when they are finished."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -11,9 +12,23 @@ from typing import Any
 
 from benchmarks.report import FOLDER
 from distill.config import UserError
+from distill.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+
+
+def recipe_parser(name: str, doc: str) -> argparse.ArgumentParser:
+    """The command line of `benchmarks.NAME`, with the recipe and its overrides."""
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc.splitlines()[0])
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field of the recipe")
+    parser.add_argument("--recipe", default=QUICKSTART)
+    return parser
+
+
+def candidates_of(recipe: str, overrides: Sequence[str]) -> int | None:
+    """Those of the recipe's first stage that has some."""
+    return next((stage.candidates for stage in load_recipe(recipe, overrides).stages if stage.candidates), None)
 
 
 def run_recipe(benchmark: str, name: str, recipe: str, overrides: Sequence[str]) -> dict[str, Any]:

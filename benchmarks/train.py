@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.report import finish, print_table
+from benchmarks.runs import ROOT, recipe_parser
 from benchmarks.trl_gkd import peak_mib, reset_peak
 from distill.command import guarded
 from distill.config import StageConfig, TargetsConfig, UserError
@@ -51,7 +52,6 @@ from distill.transplant import build_student
 CACHED_TOKENS = 8192
 FROZEN = ("embedding", "head")
 TRL_PYTHON = Path(".venv-trl/bin/python")
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
@@ -375,9 +375,7 @@ def _report(bench: Bench, rows: dict[str, dict[str, Any]], trl_versions: dict[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__.splitlines()[0])
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field of the recipe")
-    parser.add_argument("--recipe", default=str(ROOT / "recipes" / "quickstart.yaml"))
+    parser = recipe_parser("train", __doc__)
     parser.add_argument("--repeats", type=int, default=4, help="timed steps of each case")
     parser.add_argument("--skip-trl", action="store_true", help="without GKDTrainer, which needs its own environment")
     parser.add_argument("--skip-memory", action="store_true", help="without a process for each case's peak memory")

@@ -247,8 +247,8 @@ class StageConfig(Section):
     that the logits hardly depend on from drifting away."""
     candidates: Positive | None = None
     """Take the terms of the logits over a part of the vocabulary, drawn anew for each step: so many tokens that are
-    the most frequent in the text, the step's labels, and half as many others that stand for the rest. Several times
-    cheaper, and an estimate; null for the whole vocabulary. For hidden and dense targets at temperature 1."""
+    the most frequent in the text, the step's labels, and half as many others that stand for the rest. Cheaper,
+    and an estimate; null for the whole vocabulary. For hidden and dense targets at temperature 1."""
     temperature: PositiveFloat = 1.0
     """Softmax temperature of both sides; divergences are multiplied by its square."""
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
