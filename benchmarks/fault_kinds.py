@@ -262,7 +262,7 @@ def tracker_hangs(trial: Trial) -> None:
 
 def with_tracker(trial: Trial) -> None:
     """All attempts record, offline unless `track` says otherwise."""
-    trial.overrides += ("tracking=wandb",)
+    trial.overrides += ("tracking.tracker=wandb",)
     os.environ |= {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
 
 

@@ -211,8 +211,9 @@ class Trial:
             self.fail(f"ends with {last.code}")
         elif not outcome.outcome:
             wrong = differences(self.reference.contents, self.contents())
-            outcome.outcome = "silently wrong" if wrong else "recovered"
-            outcome.message = "; ".join(wrong)
+            silent = [name for name in wrong if name.rpartition(":")[2].rpartition("/")[2] not in last.text]
+            outcome.outcome = "silently wrong" if silent else "clear error" if wrong else "recovered"
+            outcome.message = "; ".join(f"{name} {how}" for name, how in wrong.items())
         outcome.message = outcome.message.replace(str(self.folder), "").replace(str(self.world.folder), "")
         return outcome
 
@@ -279,15 +280,15 @@ def _dropped(value: Any) -> Any:
     return [_dropped(item) for item in value] if isinstance(value, list) else value
 
 
-def differences(expected: dict[str, Any], found: dict[str, Any]) -> list[str]:
-    """Names of files that are missing, surplus, or other than expected."""
+def differences(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, str]:
+    """Files that are missing, surplus, or other than expected."""
     names = sorted(expected.keys() | found.keys())
-    said = {(True, False): "missing", (False, True): "surplus"}
-    return [
-        f"{name}: {said.get((name in expected, name in found), 'differs')}"
+    said = {(True, False): "is missing", (False, True): "is surplus"}
+    return {
+        name: said.get((name in expected, name in found), "differs")
         for name in names
         if expected.get(name) != found.get(name)
-    ]
+    }
 
 
 def start_hub(faults: list[dict[str, Any]]) -> tuple[int, str]:

@@ -39,6 +39,16 @@ from distill.command import guarded
 from distill.config import UserError
 
 DOCS = ROOT / "docs" / "faults.md"
+INTRODUCTION = """\
+Written by `make faults`. Each trial starts one of five commands ({commands}) on a tiny teacher and text, disturbs it,
+and starts the same command again.
+
+- *Recovered*: it then ends with what an undisturbed run leaves behind, every file bit by bit and every figure but
+  times. Pictures, data set cards, checkpoints and the tracker's own files are not compared.
+- *Clear error*: it stops with exit code 2 and one message that says what to do, or says in a warning which file is not
+  what it was.
+- *Silently wrong*: it ends with something else and does not say so.
+- *Unclear*: a traceback, a hang, or an exit without a message, in any of its attempts."""
 OUTCOMES = ("recovered", "clear error", "silently wrong", "unclear")
 
 
@@ -107,11 +117,11 @@ def prepare(work: Path, commands: set[str]) -> tuple[World, dict[str, Reference]
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "agg"}
     for name in ("WANDB_API_KEY", "WANDB_MODE", "HF_TOKEN"):
         os.environ.pop(name, None)
-    heavy = ("distill.job", "distill.cache", "distill.cli", "distill.hub", "distill.tracking", "distill.export")
-    for module in (*heavy, "wandb", "matplotlib.figure", "matplotlib.backends.backend_agg", "transformers.models.llama"):
+    ours = ("job", "cache", "cli", "hub", "tracking", "export", "torch_decoder")
+    theirs = ("wandb", "matplotlib.figure", "matplotlib.backends.backend_agg", "transformers.models.llama")
+    for module in (*(f"distill.{name}" for name in ours), *theirs):
         importlib.import_module(module)
     with contextlib.suppress(ImportError):
-        importlib.import_module("distill.torch_decoder")
         importlib.import_module("onnxruntime")
     import distill.targets
 
@@ -217,21 +227,15 @@ def page(rows: Sequence[dict[str, str]], outcomes: Sequence[Outcome], note: str)
         }
         for o in outcomes
     ]  # fmt: skip
-    return "\n\n".join(
-        [
-            "# Faults",
-            "Written by `make faults`. Each trial starts one of five commands (" + ", ".join(COMMANDS) + ") on a tiny "
-            "teacher and text, disturbs it, and starts the same command again.",
-            "*Recovered*: it then ends with what an undisturbed run leaves behind: every file bit by bit, every figure "
-            "but times; pictures, data set cards and the tracker's own files are not compared. *Clear error*: it stops "
-            "with exit code 2 and one message that says what to do. *Silently wrong*: it ends well with something else. "
-            "*Unclear*: a traceback, a hang, or an exit without a message, in any of its attempts.",
-            table(rows),
-            *([note.strip()] if note else []),
-            "## All trials",
-            table(each),
-        ]
-    ) + "\n"
+    parts = [
+        "# Faults",
+        INTRODUCTION.format(commands=", ".join(COMMANDS)),
+        table(rows),
+        *([note.strip()] if note else []),
+        "## All trials",
+        table(each),
+    ]
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

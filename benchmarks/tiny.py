@@ -10,10 +10,46 @@ from typing import Any
 
 import yaml
 
-WORDS = """
-    the a river city mountain king queen old young small great was is in on of and near built found wrote north south
-    water stone house book ship song year war peace road bridge tower garden market school
-""".split()
+WORDS = [
+    "the",
+    "a",
+    "river",
+    "city",
+    "mountain",
+    "king",
+    "queen",
+    "old",
+    "young",
+    "small",
+    "great",
+    "was",
+    "is",
+    "in",
+    "on",
+    "of",
+    "and",
+    "near",
+    "built",
+    "found",
+    "wrote",
+    "north",
+    "south",
+    "water",
+    "stone",
+    "house",
+    "book",
+    "ship",
+    "song",
+    "year",
+    "war",
+    "peace",
+    "road",
+    "bridge",
+    "tower",
+    "garden",
+    "market",
+    "school",
+]
 
 
 @dataclass(frozen=True)

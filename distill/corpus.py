@@ -40,6 +40,7 @@ import torch
 from distill.arrays import GrowingArray
 from distill.config import CorpusConfig, UserError
 from distill.documents import Source, open_documents
+from distill.sealed import changed, checksums, read_sealed, seal
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def load_corpus(
         try:
             partial.mkdir(parents=True)
             counts = _build(partial, config, source, tokenizer, separator, progress)
-            report = {"source": config.source, "ingredients": ingredients, **counts}
+            report = seal({"source": config.source, "ingredients": ingredients, **counts, "files": checksums(partial)})
             (partial / "corpus.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             _install(partial, folder)
         except OSError as error:
@@ -222,10 +223,12 @@ def _read(folder: Path) -> Corpus | None:
     if not folder.exists():
         return None
     try:
-        report = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        report = read_sealed(folder / "corpus.json")
+        if damaged := changed(folder, report.get("files", {})):
+            raise ValueError(f"{damaged[0]} is missing or changed")
         splits = {side: _read_split(folder, side, report["splits"][side]) for side in SIDES}
         separator = int(report["ingredients"]["separator_id"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, AttributeError) as error:
         logger.warning("%s is damaged and will be built again: %s", folder, error)
         return None
     return Corpus(**splits, separator_id=separator, fingerprint=folder.name, folder=folder)

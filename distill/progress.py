@@ -48,6 +48,7 @@ class Progress:
     best_nll_nats: float | None = None
     best_step: int = 0
     stale: int = 0  # validations of this stage in a row that brought nothing
+    logged: int = 0  # lines in the run's own log
     done: bool = False
 
     @classmethod

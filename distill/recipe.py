@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from distill.config import Length, Recipe, UserError, section_of
+from distill.redact import redact
 
 # What a short form of a section stands for, so that an override inside it does not forget what it said.
 SHORT_FORMS = {"tracking": "tracker", "control": "enabled"}
@@ -42,10 +43,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{file}: expected a mapping of sections (run, teacher, ...), found {type(raw).__name__}")
     for override in overrides:
         _override(raw, override)
+    if found := sorted(_secrets(raw)):
+        raise UserError(
+            f"{file}: {', '.join(found)}: expected no secrets in a recipe, which is copied into run folders, model "
+            "cards and wandb; found a token, a password in an address, or the value of a secret environment variable. "
+            "Leave it in the environment, where the libraries look for it"
+        )
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise UserError(_explain(error, str(file))) from None
+
+
+def _secrets(value: Any, place: str = "") -> Iterator[str]:
+    """Places of strings that hold a secret."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _secrets(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, str) and redact(value) != value:
+        yield redact(place)
 
 
 class _Loader(yaml.SafeLoader):

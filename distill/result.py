@@ -2,18 +2,128 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from rich.console import Console
 
 from distill.checkpoint import write_atomically
+from distill.config import UserError
 from distill.output import print_table
+from distill.sealed import changed, read_sealed
 
+logger = logging.getLogger(__name__)
 Points = list[dict[str, Any]]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Checked(BaseModel):
+    """What readers of a result rely on; there may be more."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Figures(_Checked):
+    perplexity: Finite
+    bits_per_byte: Finite
+    nll_nats: Finite
+    parameters: int
+    weight_bytes: int
+    tokens: int
+    decode_tokens_per_second: Finite | None
+    kl_to_teacher_nats: Finite | None = None
+    top1_agreement: Finite | None = None
+
+
+class _Teacher(_Figures):
+    model: str
+
+
+class _Control(_Figures):
+    match: str
+
+
+class _Point(_Checked):
+    tokens: int
+    seconds: Finite
+    nll_nats: Finite
+
+
+class _Sample(_Checked):
+    prompt: str
+    greedy: str
+    sampled: str
+
+
+class _Corpus(_Checked):
+    fingerprint: str
+    train_tokens: int
+    train_documents: int
+
+
+class _Result(_Checked):
+    name: str
+    teacher: _Teacher
+    student: _Figures
+    control: _Control | None = None
+    distillation_gain_nats: Finite | None = None
+    time_to_control_loss: Finite | None = None
+    samples: list[_Sample]
+    curves: dict[str, list[_Point]]
+    corpus: _Corpus
+    targets: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, dict[str, str]] = {}
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """`result.json` of a finished run; UserError where there is none, or it is damaged."""
+    file = folder / "result.json"
+    try:
+        result = read_sealed(file)
+        _Result.model_validate(result)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: expected a finished run with its result.json, found none") from None
+    except (OSError, ValueError) as error:
+        problem: Any = error
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(
+            f"{file}: expected the result of a run, found it damaged ({problem}); delete it and run the recipe again, "
+            "which goes on from the last checkpoint"
+        ) from None
+    return result
+
+
+def check_files(folder: Path, result: dict[str, Any]) -> None:
+    """Compare student and control with what the run has written.
+
+    UserError for weights, and for files that cannot be read; a warning for others, which may have been edited.
+    """
+    for name, expected in result.get("files", {}).items():
+        for file in changed(folder / name, expected):
+            path = folder / name / file
+            if path.suffix == ".safetensors" or not path.is_file() or not _is_readable(path):
+                raise UserError(
+                    f"{path}: is missing or damaged since the run was finished; delete {folder / 'result.json'} and "
+                    "run the recipe again, which writes it anew from the last checkpoint"
+                )
+            logger.warning("%s: is not what the run has written; unless you have edited it, it is damaged", path)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return "\0" not in text and (path.suffix != ".json" or isinstance(json.loads(text), dict | list))
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def compare(student: Points, control: Points) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import time
 from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, Self
 
 import datasets
 import filelock
@@ -38,12 +38,16 @@ import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from distill.checkpoint import write_atomically, write_json
+from distill.checkpoint import clear_leftovers, write_atomically, write_json
 from distill.config import TargetsConfig, UserError
 from distill.corpus import BlockBatch, Blocks, Corpus, cache_root, hash_tokenizer
+from distill.redact import redact
+from distill.sealed import read_sealed, seal
+from distill.session import sha256
 from distill.signals import DenseSignal, Encoding, Head, HiddenSignal, Signal, SparseSignal
 from distill.teacher import LanguageModel, hash_weights
 
@@ -51,6 +55,57 @@ FORMAT = 1
 MANIFEST = "targets.json"
 SHARD_BYTES = 32 * 2**20  # a shard is no larger, but for one block
 SHARD_TOKENS = 16_384  # and holds no more, so that little is lost when a build is stopped
+
+
+class _Shard(BaseModel):
+    """What the manifest says of one shard."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    blocks: Annotated[int, Field(gt=0)]
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Manifest(BaseModel):
+    """What `targets.json` must hold. It names no files: a shard's number gives its place."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: int
+    teacher: str
+    identity: dict[str, str | int | float | bool | None]
+    dimension_scale: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None
+    blocks_per_shard: Annotated[int, Field(gt=0)]
+    shards: dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], _Shard]
+
+    @model_validator(mode="after")
+    def _a_scale_for_each_dimension(self) -> Self:
+        found = None if self.dimension_scale is None else len(self.dimension_scale)
+        expected = self.identity.get("width") if self.identity.get("hidden_dtype") == "int8" else None
+        if found != expected:
+            raise ValueError(f"dimension_scale: expected {expected} numbers, found {found}")
+        return self
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache; UserError where it is damaged, or of another version."""
+    file = folder / MANIFEST
+    try:
+        manifest = read_sealed(file)
+        if manifest.get("format") != FORMAT:
+            raise UserError(
+                f"{file}: expected format {FORMAT}, found {manifest.get('format')!r}; it was written by another "
+                "version of potstill: update, or choose another targets.cache_dir"
+            )
+        _Manifest.model_validate(manifest)
+    except (OSError, ValueError) as error:
+        reason: Any = error
+        if isinstance(error, ValidationError):
+            reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+        raise UserError(f"{file}: expected the manifest of cached targets, found {reason}; delete the folder") from None
+    return manifest
 
 
 class Targets(Protocol):
@@ -109,8 +164,16 @@ class CachedTargets:
         return self.layout.unpack({name: column.to(device) for name, column in columns.items()}, self.head)
 
     def _map(self, shard: int) -> dict[str, np.ndarray]:
-        with pa.memory_map(str(self.folder / shard_file(shard))) as file:
-            table = pa.ipc.open_stream(file).read_all()
+        path = self.folder / shard_file(shard)
+        try:
+            with pa.memory_map(str(path)) as file:
+                table = pa.ipc.open_stream(file).read_all()
+        except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+            raise UserError(
+                f"{path}: expected a shard of cached targets: {error}; delete it", every_process=True
+            ) from None
+        if not table.schema.equals(self.layout.features.arrow_schema) or table.column("block").null_count:
+            raise UserError(f"{path}: its columns are not those of {MANIFEST}; delete it", every_process=True)
         arrays = {}
         for name in self.layout.columns:
             column: Any = table.column(name).combine_chunks()
@@ -234,6 +297,9 @@ def open_targets(
     folder = config.cache_dir or cache_root(cache_dir) / "targets" / digest
     main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
     with _locked(folder) if main else contextlib.nullcontext():
+        if main:
+            for place in (folder, folder / "data", folder / "building"):
+                clear_leftovers(place)
         if main and config.repo:
             _download(config.repo, folder)
         manifest = _claim(folder, identity, teacher, blocks, config) if main else None
@@ -305,13 +371,15 @@ def _locked(folder: Path) -> Any:
 
 
 def _download(repo: str, folder: Path) -> None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HTTPError
 
     try:
-        snapshot_download(repo, repo_type="dataset", local_dir=folder)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        hf_hub_download(repo, MANIFEST, repo_type="dataset", local_dir=folder)
+        names = [shard_file(int(number)) for number in read_manifest(folder)["shards"]]  # and nothing else
+        snapshot_download(repo, repo_type="dataset", local_dir=folder, allow_patterns=names)
+    except (HTTPError, OSError, ValueError) as error:
+        reason = redact((str(error).strip().splitlines() or [type(error).__name__])[0])
         raise UserError(f"targets.repo: {repo} cannot be downloaded to {folder}: {reason}") from None
 
 
@@ -321,19 +389,8 @@ def _claim(
     """The folder's manifest with all shards that are recorded; a new one where there is none."""
     file = folder / MANIFEST
     if file.exists():
-        try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            found_format = manifest["format"]
-            found = manifest["identity"] if found_format == FORMAT else None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file}: expected the manifest of cached targets, found {error!r}; delete the folder"
-            ) from None
-        if found is None:
-            raise UserError(
-                f"{file}: expected format {FORMAT}, found {found_format}; "
-                "it was written by another version of potstill: update, or choose another targets.cache_dir"
-            )
+        manifest = read_manifest(folder)
+        found = manifest["identity"]
         differences = [
             f"{name}: the cache has {found.get(name)!r}, the run {value!r}"
             for name, value in identity.items()
@@ -362,7 +419,7 @@ def _claim(
             "shards": {},
         }
         _write_card(folder, manifest)
-        write_json(file, manifest, "targets.cache_dir")
+        write_json(file, seal(manifest), "targets.cache_dir")
     return _collect(folder, manifest)
 
 
@@ -370,9 +427,14 @@ def _collect(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Take the records of finished shards into the manifest."""
     records = sorted((folder / "building").glob("[0-9]*.json"))
     if records:
-        shards = {**manifest["shards"], **{str(int(p.stem)): json.loads(p.read_text("utf-8")) for p in records}}
+        shards = dict(manifest["shards"])
+        for record in records:
+            with contextlib.suppress(OSError, ValueError):  # a damaged one: its shard is built again
+                found = read_sealed(record)
+                _Shard.model_validate(found)
+                shards[str(int(record.stem))] = found
         manifest = {**manifest, "shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
-        write_json(folder / MANIFEST, manifest, "targets.cache_dir")
+        write_json(folder / MANIFEST, seal(manifest), "targets.cache_dir")
         for record in records:
             record.unlink()
     return manifest
@@ -392,7 +454,7 @@ def _damaged(
         try:
             size = file.stat().st_size
             problem = f"{size} bytes instead of {record['bytes']}" if size != record["bytes"] else None
-            if problem is None and _checksum(file) != record["sha256"]:
+            if problem is None and sha256(file) != record["sha256"]:
                 problem = "its checksum differs"
         except OSError as error:
             problem = str(error)
@@ -400,11 +462,6 @@ def _damaged(
             tqdm.write(f"{file}: damaged ({problem}); it will be built again")
             bad.append(number)
     return bad
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _build_shard(
@@ -438,9 +495,9 @@ def _build_shard(
     file = folder / shard_file(number)
     try:
         write_atomically(file, write, "targets.cache_dir")
-        record = {"blocks": len(block_ids), "bytes": file.stat().st_size, "sha256": _checksum(file)}
+        record = {"blocks": len(block_ids), "bytes": file.stat().st_size, "sha256": sha256(file)}
         record["seconds"] = round(time.perf_counter() - began, 3)
-        write_json(folder / "building" / f"{number:05d}.json", record, "targets.cache_dir")
+        write_json(folder / "building" / f"{number:05d}.json", seal(record), "targets.cache_dir")
     except UserError as error:
         raise UserError(str(error), every_process=True) from None
 

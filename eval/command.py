@@ -255,10 +255,13 @@ def read_results(run: Path, protocol: str) -> Figures | None:
     """What `eval.PROTOCOL` has found out about a run, or None."""
     file = run / "eval" / f"{protocol}.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("models"), dict):
+            raise ValueError("it holds no models")
+        return found
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{file}: cannot be read: {error}; measure it again with python -m eval.{protocol} {run}"
         ) from None

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.tiny import WORDS
 from distill.config import EvaluationConfig, UserError
 from distill.metrics import Documents
 from distill.signals import Head

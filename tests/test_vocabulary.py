@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from benchmarks.tiny import WORDS
 from distill.config import TeacherConfig, UserError
 from distill.teacher import load_teacher
 from distill.vocabulary import trim_tokenizer
