@@ -211,6 +211,12 @@ class Trial:
             self.fail(f"ends with {last.code}")
         elif not outcome.outcome:
             wrong = differences(self.reference.contents, self.contents())
+            if "is complete already" in last.text and any(name.startswith(("cache/", "targets/")) for name in wrong):
+                # A finished run opens no cache; the next reader of the cache has to find the damage.
+                for name in ("result.json", "published.json"):
+                    (self.disk / "tiny" / name).unlink(missing_ok=True)
+                last = self.run()
+                wrong = differences(self.reference.contents, self.contents())
             silent = [name for name in wrong if name.rpartition(":")[2].rpartition("/")[2] not in last.text]
             outcome.outcome = "silently wrong" if silent else "clear error" if wrong else "recovered"
             outcome.message = "; ".join(f"{name} {how}" for name, how in wrong.items())
@@ -256,7 +262,7 @@ def kind_of(repo: str) -> str:
 
 
 def files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(".lock"))
 
 
 def without_times(name: str, data: bytes, place: str) -> Any:

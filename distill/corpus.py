@@ -27,6 +27,7 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -107,9 +108,10 @@ def load_corpus(
     fingerprint = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_root(config.cache_dir) / "corpus" / fingerprint
     if (corpus := _read(folder)) is None:
-        partial = folder.with_name(f"{fingerprint}.{uuid.uuid4().hex}.partial")
+        partial = folder.with_name(f"{fingerprint}.{platform.node()}.{os.getpid()}.{uuid.uuid4().hex}.partial")
         try:
             partial.mkdir(parents=True)
+            _clear_leftovers(partial)
             counts = _build(partial, config, source, tokenizer, separator, progress)
             report = seal({"source": config.source, "ingredients": ingredients, **counts, "files": checksums(partial)})
             (partial / "corpus.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -204,6 +206,21 @@ def _build(
         logger.warning("corpus.separator: %d of these tokens inside documents were dropped", dropped)
     logger.info("%s: %d documents, %d blank ones skipped", config.source, source.found, source.skipped)
     return {"splits": splits, "skipped": source.skipped, "separators_dropped": dropped}
+
+
+def _clear_leftovers(mine: Path) -> None:
+    """Take away what processes of this machine were building beside this folder when they were killed."""
+    for partial in mine.parent.glob("*.partial"):
+        rest = partial.name.partition(".")[2]
+        machine, process = rest.rsplit(".", 3)[:2] if rest.count(".") >= 3 else ("", "")
+        if partial == mine or machine != platform.node() or not process.isdigit():
+            continue
+        try:
+            os.kill(int(process), 0)  # asks whether it is there
+        except ProcessLookupError:
+            shutil.rmtree(partial, ignore_errors=True)
+        except OSError:
+            pass  # it is, and somebody else's
 
 
 def _install(partial: Path, folder: Path) -> None:

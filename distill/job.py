@@ -467,7 +467,8 @@ def _publish(recipe: Recipe, result: dict[str, Any]) -> None:
     publishing, file = recipe.publishing, recipe.folder / "published.json"
     if not publishing.repo:
         return
-    done = {"repo": publishing.repo, "branch": publishing.branch}
+    weights = result.get("files", {}).get("student", {}).get("model.safetensors")
+    done = {"repo": publishing.repo, "branch": publishing.branch, "weights": weights}
     try:
         if read_sealed(file).items() >= done.items():
             return
