@@ -3,7 +3,8 @@
 A process that has imported everything forks the trials, and each trial its attempts: an attempt is the command's own
 `main`, from its first line to its exit code, in a process that can be killed. What a run leaves behind must equal,
 bit by bit and figure by figure, what an undisturbed run has left; times are not compared, nor pictures, which show
-them, nor checkpoints, which lie elsewhere when a run was stopped between two of them.
+them, nor checkpoints, which lie elsewhere when a run was stopped between two of them; of what is published, the hub's
+side is compared.
 """
 
 from __future__ import annotations
@@ -35,7 +36,16 @@ TIMES = {
     *("seconds", "train_seconds", "teacher_seconds", "wall_seconds", "decode_tokens_per_second", "tokens_per_second"),
     *("teacher_seconds_per_step", "student_seconds_per_step", "time_to_control_loss", "checksum", "files"),
 }
-NOT_COMPARED = {"checkpoints", "wandb", "wandb_id.json", "curves.png", "README.md", "published.json", "inputs.json"}
+NOT_COMPARED = {
+    "checkpoints",
+    "hub",
+    "wandb",
+    "wandb_id.json",
+    "curves.png",
+    "README.md",
+    "published.json",
+    "inputs.json",
+}
 
 Command = tuple[str, tuple[str, ...]]  # module and arguments
 COMMANDS: dict[str, Command] = {

@@ -124,7 +124,8 @@ def upload(
 
     try:
         address = _retried(once)
-    except (HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError, RuntimeError) as wrapped:
+        error = wrapped.__cause__ if isinstance(wrapped, RuntimeError) and wrapped.__cause__ else wrapped
         reason = redact((str(error).strip().splitlines() or [type(error).__name__])[0])
         status = getattr(getattr(error, "response", None), "status_code", None)
         todo = {
@@ -141,11 +142,14 @@ def _retried(once: Callable[[], str]) -> str:
     for pause in PAUSES:
         try:
             return once()
-        except HTTPError as error:
-            response = getattr(error, "response", None)  # none where the connection broke
+        except (HTTPError, RuntimeError) as error:
+            cause = error if isinstance(error, HTTPError) else error.__cause__  # the library wraps failed uploads
+            if not isinstance(cause, HTTPError):
+                raise
+            response = getattr(cause, "response", None)  # none where the connection broke
             if response is not None and response.status_code < 500 and response.status_code != 429:
                 raise
-            logger.warning("the hub did not answer as it should (%s); trying again", type(error).__name__)
+            logger.warning("the hub did not answer as it should (%s); trying again", type(cause).__name__)
             time.sleep(pause)
     return once()
 

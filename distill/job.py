@@ -33,6 +33,7 @@ from distill.recipe import dump_recipe, load_recipe
 from distill.result import check_files, compare, plot_curves, print_result, read_result, table_rows, versions
 from distill.samples import continuations, decode_speed
 from distill.sealed import checksums, read_sealed, seal
+from distill.session import sha256
 from distill.student import LSTMForCausalLM
 from distill.targets import CachedTargets, LiveTargets, Targets, cached_blocks, make_encoding, open_targets
 from distill.teacher import LanguageModel, hardware_has_bf16, hash_weights, load_teacher, wrap
@@ -182,6 +183,7 @@ class _Job:
 
             write_atomically(folder / name, save)
             result["files"][name] = checksums(folder / name)
+        result["files"]["."] = {path.name: sha256(path) for path in sorted(folder.glob("*.log.jsonl"))}
         picture = folder / "curves.png"
         plot_curves(result, picture)
         self.tracker.log_samples(result["samples"])

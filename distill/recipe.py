@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from distill.config import Length, Recipe, UserError, section_of
 from distill.redact import redact
 
+MOST_VALUES, MOST_LEVELS = 100_000, 50  # of a recipe: a few lines of nested anchors can stand for billions
 # What a short form of a section stands for, so that an override inside it does not forget what it said.
 SHORT_FORMS = {"tracking": "tracker", "control": "enabled"}
 
@@ -85,19 +86,22 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: {text[:80]!r}{'...' * (len(text) > 80)} cannot be read as YAML: {reason}") from None
 
 
-def _unshared(value: Any) -> Any:
-    """A copy in which an anchor's uses are objects of their own."""
+def _unshared(value: Any, left: Iterator[int] | None = None, depth: int = 0) -> Any:
+    """A copy in which an anchor's uses are objects of their own; ValueError where they unfold to too much."""
+    left = left or iter(range(MOST_VALUES))
+    if next(left, None) is None or depth > MOST_LEVELS:
+        raise ValueError(f"more than {MOST_VALUES} values or {MOST_LEVELS} levels, anchors unfolded")
     if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
+        return {key: _unshared(item, left, depth + 1) for key, item in value.items()}
+    return [_unshared(item, left, depth + 1) for item in value] if isinstance(value, list) else value
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
     """Set one dotted path, creating sections on the way."""
     key, found, text = override.partition("=")
     parts = key.split(".")
-    if not found or not all(parts):
-        raise UserError(f"expected KEY=VALUE with a dotted key such as run.seed=3, found {override!r}")
+    if not found or not all(parts) or len(parts) > MOST_LEVELS:
+        raise UserError(f"expected KEY=VALUE with a dotted key such as run.seed=3, found {override[:200]!r}")
     value = _parse(text, key)
     node: Any = raw
     for depth, part in enumerate(parts):

@@ -105,17 +105,18 @@ def read_result(folder: Path) -> dict[str, Any]:
 def check_files(folder: Path, result: dict[str, Any]) -> None:
     """Compare student and control with what the run has written.
 
-    UserError for weights, and for files that cannot be read; a warning for others, which may have been edited.
+    UserError for weights, and for files that cannot be read; a warning for others, which may have been edited, and
+    for logs, which nothing can write again.
     """
     for name, expected in result.get("files", {}).items():
         for file in changed(folder / name, expected):
             path = folder / name / file
-            if path.suffix == ".safetensors" or not path.is_file() or not _is_readable(path):
+            if path.suffix != ".jsonl" and (path.suffix == ".safetensors" or not _is_readable(path)):
                 raise UserError(
                     f"{path}: is missing or damaged since the run was finished; delete {folder / 'result.json'} and "
                     "run the recipe again, which writes it anew from the last checkpoint"
                 )
-            logger.warning("%s: is not what the run has written; unless you have edited it, it is damaged", path)
+            logger.warning("%s: is missing or not what the run has written; unless you did that, it is damaged", path)
 
 
 def _is_readable(path: Path) -> bool:
