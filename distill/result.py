@@ -7,11 +7,12 @@ import logging
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
+from rich.markup import escape
 
 from distill.checkpoint import write_atomically
 from distill.config import UserError
@@ -80,6 +81,14 @@ class _Result(_Checked):
     targets: dict[str, Any]
     versions: dict[str, str]
     files: dict[str, dict[str, str]] = {}
+
+    @model_validator(mode="after")
+    def _compared_with_the_control(self) -> Self:
+        if self.control and (
+            self.distillation_gain_nats is None or "time_to_control_loss" not in self.model_fields_set
+        ):
+            raise ValueError("distillation_gain_nats and time_to_control_loss: expected beside the control's figures")
+        return self
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -214,14 +223,14 @@ def print_result(result: dict[str, Any], folder: Path, console: Console | None =
     print_table(title, table_rows(result), console=console)
     for sample in result["samples"]:
         for kind in ("greedy", "sampled"):
-            text = " ".join(sample[kind].split())
-            console.print(f"[dim]{kind:>8}[/dim] [bold]{sample['prompt']}[/bold] {text}", highlight=False)
+            prompt, text = escape(sample["prompt"]), escape(" ".join(sample[kind].split()))
+            console.print(f"[dim]{kind:>8}[/dim] [bold]{prompt}[/bold] {text}", highlight=False)
     if "control" in result:
         gain, ratio = result["distillation_gain_nats"], result["time_to_control_loss"]
         time = "did not reach its loss" if ratio is None else f"reached its loss in {ratio:.0%} of its time"
         same = result["control"]["match"].replace("_", " ")
         console.print(f"Distillation gained {gain:+.3f} nats over the control at equal {same}, and {time}.")
-    console.print(f"Run folder: {folder}", soft_wrap=True, highlight=False)
+    console.print(f"Run folder: {folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 def plot_curves(result: dict[str, Any], target: Path) -> None:

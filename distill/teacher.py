@@ -246,10 +246,24 @@ def resolve_model(model: str, role: str = "model") -> str:
             path = path / "student"  # a run folder stands for its student
         if not (path / "config.json").is_file():
             raise UserError(f"{role} {model}: expected a model folder with a config.json, found none in it")
+        _check_index(path / "model.safetensors.index.json", f"{role} {model}")
         return str(path)
     if model.startswith(("package:", "/", "./", "../", "~")):
         raise UserError(f"{role} {model}: expected a model folder or file, found none")
     return model
+
+
+def _check_index(file: Path, who: str) -> None:
+    """UserError where the list of a model's weight files names one outside its folder."""
+    if not file.is_file():
+        return
+    try:
+        names = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{who}: {file}: expected the list of its weight files: {error}") from None
+    if outside:
+        raise UserError(f"{who}: {file}: expected names of files beside it, found {outside[0]!r}")
 
 
 def _convert_gguf(path: Path, role: str) -> Path:

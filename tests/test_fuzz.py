@@ -193,6 +193,10 @@ def test_a_record_of_a_finished_shard(tmp_path: Path, content: Any) -> None:
 
 @FUZZ
 @given(content=changes_of(RESULT), sealed=st.booleans())
+@example(
+    content={**RESULT, "samples": [{"prompt": "[/dim]", "greedy": "[/b] [red", "sampled": "[@click=x]"}]}, sealed=True
+)
+@example(content={key: value for key, value in RESULT.items() if key != "time_to_control_loss"}, sealed=True)
 def test_a_result(tmp_path: Path, content: Any, sealed: bool) -> None:
     write(tmp_path / "result.json", content, sealed)
     try:
