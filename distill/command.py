@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -17,9 +18,21 @@ from distill.config import UserError
 from distill.progress import Interrupted
 from distill.redact import Redacted, redact
 
+TRACKER_THREAD = "tracker"
+
 
 def guarded(work: Callable[[], object]) -> int:
     """Do the work of a command; errors become a message and an exit code."""
+    code = _guarded(work)
+    if any(thread.name == TRACKER_THREAD for thread in threading.enumerate()):
+        # It was given up, but its library's exit hook would wait for it without end.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _guarded(work: Callable[[], object]) -> int:
     main_process = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     for handler in logging.getLogger().handlers:

@@ -22,6 +22,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from distill.checkpoint import write_json
+from distill.command import TRACKER_THREAD
 from distill.config import Recipe
 from distill.recipe import load_recipe
 
@@ -162,7 +163,7 @@ class Tracker:
                 failures.append(error)
 
         # In a thread, as a service that has stopped answering is waited for without end.
-        thread = threading.Thread(target=attempt, daemon=True)
+        thread = threading.Thread(target=attempt, name=TRACKER_THREAD, daemon=True)
         thread.start()
         thread.join(START_SECONDS + FINISH_SECONDS)
         if thread.is_alive():
