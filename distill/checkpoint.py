@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers import PreTrainedModel
 from distill.config import UserError
 
 FOLDER = re.compile(r"step-(\d{8})")
+WAITING = 2  # copies in memory that may wait for the disk: the best weights and a checkpoint often come together
 
 
 def write_atomically(target: Path, write: Callable[[Path], object], field: str = "run.output_dir") -> None:
@@ -73,30 +75,31 @@ def write_json(target: Path, content: Any, field: str = "run.output_dir") -> Non
 class Checkpoints:
     """The checkpoints of one training, in one folder: the last few, and the best weights apart.
 
-    `save` and `save_best` return as soon as everything is copied and the write before this one is done. What goes wrong
-    in a write is raised by the next of them, or by `check` or `wait`.
+    `save` and `save_best` return as soon as everything is copied, unless the disk is `WAITING` writes behind. What goes
+    wrong in a write is raised by the next of them, or by `check` or `wait`.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
         self._writer = ThreadPoolExecutor(1, "checkpoints")
-        self._writing: Future[None] | None = None
+        self._writes: deque[Future[None]] = deque()
 
     def wait(self) -> None:
         """Until all is written."""
-        if self._writing is not None:
-            writing, self._writing = self._writing, None
-            writing.result()
+        while self._writes:
+            self._writes.popleft().result()
 
     def check(self) -> None:
         """Raise what a write met with, without waiting for one that goes on."""
-        if self._writing is not None and self._writing.done():
-            self.wait()
+        while self._writes and self._writes[0].done():
+            self._writes.popleft().result()
 
     def _write(self, write: Callable[[], None]) -> None:
-        self.wait()
-        self._writing = self._writer.submit(write)
+        self.check()
+        while len(self._writes) > WAITING:
+            self._writes.popleft().result()
+        self._writes.append(self._writer.submit(write))
 
     def best(self, step: int) -> Path:
         """Folder of the weights that were best at this step, as a plain Hugging Face model."""

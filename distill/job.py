@@ -394,6 +394,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     torch.set_flush_denormal(True)  # saturated LSTM gates make denormals, which are slow on CPUs
     _keep_freed_memory()
     requested_engine()  # first: what accelerate's launcher asks for is the teacher's, not the student's
+    _meet_after_restart()
     log_with = "wandb" if recipe.tracking.tracker == "wandb" else None
     precision = recipe.run.precision
     if precision == "auto":
@@ -420,6 +421,22 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     transformers.utils.logging.disable_progress_bar()  # it would draw one for every checkpoint; downloads keep theirs
     micro_batch_size(recipe, accelerator.num_processes)
     return accelerator
+
+
+def _meet_after_restart() -> None:
+    """Where torchrun has started this process anew, form the process group under keys of this attempt.
+
+    With a static rendezvous, accelerate's default, torchrun keeps one store for all attempts (torch 2.13): processes
+    would find the addresses of those that died, and wait for them.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0":
+        return
+    store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+    own = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group(store=own, rank=rank, world_size=world_size)  # accelerate takes it over
 
 
 def _keep_freed_memory() -> None:

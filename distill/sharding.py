@@ -64,7 +64,7 @@ class Engine:
         if self.name == "zero3":
             _deepspeed().initialize(model=network.base_model, config_params=self._zero3(dtype))
         logger.info(
-            "teacher in %d shards (%s): %.1f of %.1f MiB in this process",
+            "teacher in %d shards (%s): %.2f of %.2f MiB in this process",
             *(torch.distributed.get_world_size(), self.name, here / 2**20, everywhere / 2**20),
         )
         return Lockstep(network)
@@ -107,7 +107,7 @@ class Lockstep:
     def __init__(self, network: Any) -> None:
         self.network: Any = network.base_model
         self.device, self.helping = network.device, False
-        self.network.register_forward_pre_hook(lambda *_: None if self.helping else self._readers(1), prepend=True)
+        self.network.register_forward_pre_hook(self._announce, prepend=True)
 
     def join(self) -> None:
         """Help until no process reads any more. Collective: all must come here, and do nothing else together before."""
@@ -117,10 +117,14 @@ class Lockstep:
                 self.network(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=self.device), use_cache=False)
             self.helping = False
 
-    def _readers(self, reading: int) -> int | None:
+    def _announce(self, *_: object) -> None:
+        if not self.helping:
+            self._readers(1)
+
+    def _readers(self, reading: int) -> int:
         count_1 = torch.tensor([reading], device=self.device)
         torch.distributed.all_reduce(count_1)
-        return int(count_1.item()) or None
+        return int(count_1.item())
 
 
 @torch.no_grad()

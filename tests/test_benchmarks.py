@@ -73,6 +73,20 @@ def test_bench_cache_reports_sizes_speed_and_fidelity(world: World, tmp_path: Pa
     assert result["kinds"]["hidden"]["bytes_per_token"] > 24 + 4
 
 
+def test_bench_scaling_compares_one_process_with_two(world: World, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "bench").mkdir(parents=True)
+    (tmp_path / "runs" / "bench" / "stream.json").write_text('{"rss_growth_2gb": 0.05}', encoding="utf-8")
+    arguments = ["--recipe", str(world.recipe), "--repeats", "1", "--steps", "2", "--tokens", "640"]
+    found = run_command(*arguments, launcher=("-m", "benchmarks.scaling"), cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    result = last_line(found.stdout)
+    assert result["rss_growth_2gb"] == 0.05
+    for part in ("train", "cache"):
+        speeds = result["tokens_per_second"][part]
+        for way, figure in (("two", f"{part}_efficiency_2"), ("apart", f"{part}_efficiency_apart")):
+            assert result[figure] == pytest.approx(speeds[way] / (2 * speeds["one"])) and speeds[way] > 0
+
+
 def points(*losses: float) -> list[dict]:
     """A curve with a validation every ten seconds and hundred tokens."""
     return [
