@@ -45,7 +45,7 @@ READ_TOKENS = 16_384  # cached to be trained on
 
 
 class Worker:
-    """One process of a measurement; prints tokens a second of all processes of its command."""
+    """One process of a measurement; prints tokens a second of all processes of its command, by part."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -59,9 +59,11 @@ class Worker:
 
     def run(self) -> None:
         try:
-            tokens, seconds = self.train() if self.options.part == "train" else self.cache()
+            found = {
+                part: tokens / seconds for part, (tokens, seconds) in (("train", self.train()), ("cache", self.cache()))
+            }
             if self.accelerator.is_main_process:
-                print(json.dumps({"tokens_per_second": tokens / seconds}), flush=True)
+                print(json.dumps(found), flush=True)
         finally:
             leave(self.accelerator)
 
@@ -92,7 +94,7 @@ class Worker:
         began = 0.0
         for number in range(steps):
             if number == WARM_UP:
-                self.meet()
+                self.meet("train")
                 began = time.perf_counter()
             training._step(model, optimizer, stage, objective)
             training._agree(0.0, 0)
@@ -102,7 +104,7 @@ class Worker:
 
     def cache(self) -> tuple[int, float]:
         """Tokens and seconds of a cache built in an empty folder."""
-        self.meet()
+        self.meet("cache")
         began = time.perf_counter()
         wanted = self.options.tokens * self.accelerator.num_processes
         blocks, _ = self.targets(Path(self.options.folder) / f"built-{self.options.number}", wanted)
@@ -118,23 +120,24 @@ class Worker:
         )  # fmt: skip
         return blocks, built
 
-    def meet(self) -> None:
+    def meet(self, part: str) -> None:
         """Begin when all commands of this measurement are ready to."""
         if self.accelerator.is_main_process:
-            folder = Path(self.options.folder) / "ready"
+            folder = Path(self.options.folder) / part
             (folder / str(self.options.number)).touch()
             while len(list(folder.iterdir())) < self.options.commands:
                 time.sleep(0.01)
         self.accelerator.wait_for_everyone()
 
 
-def measure(part: str, way: str, options: argparse.Namespace, folder: Path) -> float:
-    """Tokens a second of all commands of one way."""
+def measure(way: str, options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """Tokens a second of all commands of one way, by part. The cache to be trained on lies beside `folder`."""
     commands, processes = WAYS[way]
-    (folder / "ready").mkdir(parents=True)
+    for part in PARTS:
+        (folder / part).mkdir(parents=True)
     running = []
     for number in range(commands):
-        words = ["--part", part, "--folder", str(folder), "--number", str(number), "--commands", str(commands)]
+        words = ["--folder", str(folder), "--number", str(number), "--commands", str(commands)]
         words += ["--recipe", options.recipe, "--steps", str(options.steps), "--tokens", str(options.tokens)]
         script = Path(__file__).resolve()
         command = [sys.executable, str(script)] if processes == 1 else launch.command(processes, [], script=script)
@@ -148,19 +151,18 @@ def measure(part: str, way: str, options: argparse.Namespace, folder: Path) -> f
     found = [process.communicate() for process in running]
     for process, (_, said) in zip(running, found, strict=True):
         if process.returncode:
-            raise UserError(f"{part}, {way}: exit code {process.returncode}:\n{said[-2000:]}")
-    return sum(json.loads(said.splitlines()[-1])["tokens_per_second"] for said, _ in found)
+            raise UserError(f"{way}: exit code {process.returncode}:\n{said[-2000:]}")
+    speeds = [json.loads(said.splitlines()[-1]) for said, _ in found]
+    return {part: sum(speed[part] for speed in speeds) for part in PARTS}
 
 
 def benchmark(options: argparse.Namespace) -> None:
     speeds: dict[str, dict[str, list[float]]] = {part: {way: [] for way in WAYS} for part in PARTS}
     with tempfile.TemporaryDirectory() as folder:
-        # Builds the cache that all training reads from, and warms up the machine.
-        measure("train", "two", argparse.Namespace(**{**vars(options), "steps": 1}), Path(folder) / "first")
         for number in range(options.repeats):
-            for part in PARTS:
-                for way in WAYS:
-                    speeds[part][way].append(measure(part, way, options, Path(folder) / f"{number}-{part}-{way}"))
+            for way in WAYS:
+                for part, speed in measure(way, options, Path(folder) / f"{number}-{way}").items():
+                    speeds[part][way].append(speed)
     median = {part: {way: statistics.median(found) for way, found in ways.items()} for part, ways in speeds.items()}
     efficiency = {
         part: {way: median[part][way] / (2 * median[part]["one"]) for way in ("two", "apart")} for part in PARTS
@@ -199,11 +201,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40, help="timed training steps")
     parser.add_argument("--tokens", type=int, default=32_768, help="tokens of a cache for each process")
-    for name in ("--part", "--folder", "--number", "--commands"):  # of a worker
-        parser.add_argument(name, default=0 if name in ("--number", "--commands") else None, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)  # of a worker, as the next two
+    parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--commands", type=int, help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)
-    options.commands = int(options.commands)
-    return guarded(lambda: Worker(options).run() if options.part else benchmark(options))
+    return guarded(lambda: Worker(options).run() if options.folder else benchmark(options))
 
 
 if __name__ == "__main__":

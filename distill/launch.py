@@ -54,7 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.processes < 2:
         parser.error(f"--processes must be 2 or more, but is {options.processes}; for one: accelerate launch")
     if not options.config.is_file():
-        hint = "run this from a checkout of Potstill (pip install --editable .)" if options.config == CONFIG else "--config"
+        hint = (
+            "run this from a checkout of Potstill (pip install --editable .)"
+            if options.config == CONFIG
+            else "--config"
+        )
         parser.error(f"{options.config} is missing: {hint}")
     words = [options.recipe, *options.overrides]
     arguments = command(options.processes, words, options.config, options.max_restarts)

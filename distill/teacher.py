@@ -194,7 +194,9 @@ def load_language_model(
     """Load any causal model with its tokenizer; UserError names what was not found or does not fit."""
     torch_dtype = DTYPES[_resolve_dtype(dtype, device)]
     if engine and device_map:
-        raise UserError(f"{role}.device_map: {device_map}, but accelerate's configuration shards the {role}; remove one")
+        raise UserError(
+            f"{role}.device_map: {device_map}, but accelerate's configuration shards the {role}; remove one"
+        )
     source = resolve_model(model, role)
     loading = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:

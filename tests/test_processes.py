@@ -27,14 +27,14 @@ from test_invariance import LENGTHS, OPTIMIZERS, assert_same_trajectory, log_of,
 
 from distill import job, launch
 from distill.config import UserError
-from distill.job import _share
+from distill.job import TeacherAndText, _share, start_accelerator
 from distill.metrics import Documents
 from distill.recipe import load_recipe
 from distill.sharding import Engine, requested_engine
+from distill.targets import shard_file
 
 FOLDER = ROOT / "recipes" / "accelerate"
 SETTINGS = (*LENGTHS, *OPTIMIZERS["adamw"])
-CACHED = ("targets.cache=true", "targets.signal=hidden", "student.fit_tokens=0")
 
 # ---------------------------------------------------------------- accelerate's configurations
 
@@ -301,10 +301,10 @@ def test_a_run_folder_that_another_machine_does_not_see(
 # ---------------------------------------------------------------- a teacher in shards
 
 
-def shards(world: World, folder: Path, config: str, *overrides: str, **environment: str) -> tuple[Path, str]:
+def shards(world: World, folder: Path, config: str, **environment: str) -> tuple[Path, str]:
     """A run of two processes under one of accelerate's configurations, and what it said."""
     run = run_command(
-        str(world.recipe), f"run.output_dir={folder}", *SETTINGS, *overrides, **environment,
+        str(world.recipe), f"run.output_dir={folder}", *SETTINGS, **environment,
         launcher=("-m", "distill.launch", "--processes", "2", "--config", str(FOLDER / f"{config}.yaml")),
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -331,17 +331,22 @@ def test_a_teacher_in_shards_of_fsdp(alone: Path, world: World, tmp_path: Path) 
 
 
 def test_a_cache_built_from_shards_is_that_of_a_whole_teacher(world: World, tmp_path: Path) -> None:
-    """Its only shard is built by one of the processes, while the other helps; then one process goes on from it."""
-    cache = (*CACHED, f"targets.cache_dir={tmp_path / 'cache'}")
-    folder, _ = shards(world, tmp_path / "shards", "fsdp2", *cache)
-    file = tmp_path / "cache" / "data" / "train-00000.arrow"
-    built, at = file.read_bytes(), file.stat().st_mtime_ns
-    whole = train(world, tmp_path / "whole", *SETTINGS, *cache)
+    """Its only shard is built by one of the processes, while the other helps; a whole teacher goes on from it."""
+    cache = [str(world.recipe), "targets.cache=true", f"targets.cache_dir={tmp_path}"]
+    built = subprocess.run(
+        launch.command(2, cache, FOLDER / "fsdp2.yaml", script=ROOT / "distill" / "cache.py"),
+        env=launch.environment(2, {**os.environ, "PYTHONPATH": str(ROOT)}), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert built.returncode == 0 and "teacher in 2 shards" in built.stderr, built.stderr
+    file = tmp_path / shard_file(0)
+    found, at = file.read_bytes(), file.stat().st_mtime_ns
+    recipe = load_recipe(cache[0], cache[1:])
+    whole = TeacherAndText(recipe, start_accelerator(recipe))
+    whole.cached_targets()
     assert file.stat().st_mtime_ns == at, "another teacher's would have been refused, and a damaged one built again"
-    assert_same_trajectory(whole, folder)
     file.unlink()
-    train(world, tmp_path / "again", *SETTINGS, *cache, "stages.0.length.steps=1", "stages.1.length.steps=1")
-    assert file.read_bytes() == built
+    whole.cached_targets()
+    assert file.read_bytes() == found
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs potstill[deepspeed]")
