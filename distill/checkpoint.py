@@ -118,7 +118,7 @@ class Checkpoints:
         lanes: dict[str, Tensor],
         state: dict[str, Any],
     ) -> None:
-        """Begin to write one checkpoint atomically, and then to drop the oldest beyond `keep` and bests that none names.
+        """Begin to write one checkpoint atomically, and then to drop those beyond `keep`, and bests that none names.
 
         `model` and `lanes` are tensors by name; `state` must be plain JSON and name its `best_step`; `optimizer`
         is None between two stages.

@@ -59,8 +59,8 @@ class Engine:
 
     def engage(self, network: Any, dtype: torch.dtype) -> Lockstep:
         """Have the shards gathered in every forward pass below the head. Collective."""
-        here = sum(_local(parameter) for parameter in network.parameters())
-        everywhere = sum(count(p) * p.element_size() for p in network.parameters())
+        here = sum(_local(parameter) for _, parameter in each_parameter(network))
+        everywhere = sum(count(p) * p.element_size() for _, p in each_parameter(network))
         if self.name == "zero3":
             _deepspeed().initialize(model=network.base_model, config_params=self._zero3(dtype))
         logger.info(
@@ -125,6 +125,13 @@ class Lockstep:
         count_1 = torch.tensor([reading], device=self.device)
         torch.distributed.all_reduce(count_1)
         return int(count_1.item())
+
+
+def each_parameter(network: Any) -> list[tuple[str, nn.Parameter]]:
+    """Names and parameters, tied ones once: shards of FSDP hold an object for each of a tied pair."""
+    named = dict(network.named_parameters())
+    tied = getattr(network, "all_tied_weights_keys", None) or {}
+    return [(name, parameter) for name, parameter in named.items() if tied.get(name) not in named]
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +31,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from distill.config import TeacherConfig, UserError
 from distill.corpus import BlockBatch, cache_root
 from distill.packaged import resolve_package
-from distill.sharding import Engine, Lockstep, count, head_in_place, requested_engine, whole, whole_shape
+from distill.sharding import (
+    Engine,
+    Lockstep,
+    count,
+    each_parameter,
+    head_in_place,
+    requested_engine,
+    whole,
+    whole_shape,
+)
 from distill.signals import Encoding, Head, HiddenSignal, Signal
 from distill.student import LSTMForCausalLM  # its import makes the Auto classes know the student's folders
 
@@ -78,12 +87,12 @@ class LanguageModel:
     @property
     def parameters(self) -> int:
         """Number of parameters, tied ones once."""
-        return sum(count(p) for p in self.model.parameters())
+        return sum(count(p) for _, p in each_parameter(self.model))
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the parameters as loaded, tied ones once."""
-        return sum(count(p) * p.element_size() for p in self.model.parameters())
+        return sum(count(p) * p.element_size() for _, p in each_parameter(self.model))
 
     @property
     def longest_window(self) -> float:
@@ -201,7 +210,8 @@ def load_language_model(
     loading = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **loading)
-        with engine.loading(torch_dtype) if engine else nullcontext({}) as shards:
+        sharded: AbstractContextManager[dict[str, Any]] = engine.loading(torch_dtype) if engine else nullcontext({})
+        with sharded as shards:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
                 dtype=torch_dtype,
@@ -313,7 +323,7 @@ def _convert_gguf(path: Path, role: str) -> Path:
 def hash_weights(network: torch.nn.Module) -> str:
     """sha256 of all parameters as loaded: names, types and values. Collective where they lie in shards."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(network.named_parameters()):
+    for name, parameter in sorted(each_parameter(network)):
         values = whole(parameter)
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
         digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -21,7 +21,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
-from conftest import ROOT, World, result_of, run_command
+from conftest import ROOT, World, result_of, run_command, save_llama
 from safetensors.torch import load_file
 from test_invariance import LENGTHS, OPTIMIZERS, assert_same_trajectory, log_of, train
 
@@ -331,8 +331,14 @@ def test_a_teacher_in_shards_of_fsdp(alone: Path, world: World, tmp_path: Path) 
 
 
 def test_a_cache_built_from_shards_is_that_of_a_whole_teacher(world: World, tmp_path: Path) -> None:
-    """Its only shard is built by one of the processes, while the other helps; a whole teacher goes on from it."""
-    cache = [str(world.recipe), "targets.cache=true", f"targets.cache_dir={tmp_path}"]
+    """Its only shard is built by one of the processes, while the other helps; a whole teacher goes on from it.
+
+    The teacher's embedding is tied to its head, which in shards are two objects.
+    """
+    tied = tmp_path / "tied"
+    shutil.copytree(world.teacher, tied)
+    save_llama(tied, vocab_size=64, initializer_range=0.2, tie_word_embeddings=True)
+    cache = [str(world.recipe), f"teacher.model={tied}", "targets.cache=true", f"targets.cache_dir={tmp_path}"]
     built = subprocess.run(
         launch.command(2, cache, FOLDER / "fsdp2.yaml", script=ROOT / "distill" / "cache.py"),
         env=launch.environment(2, {**os.environ, "PYTHONPATH": str(ROOT)}), capture_output=True, text=True, timeout=240,
