@@ -236,7 +236,8 @@ def open_targets(
     with _locked(folder) if main else contextlib.nullcontext():
         if main and config.repo:
             _download(config.repo, folder)
-        manifest = _claim(folder, identity, teacher, blocks, config) if main else None
+        with teacher.together():
+            manifest = _claim(folder, identity, teacher, blocks, config) if main else None
         manifest = broadcast_object_list([manifest])[0]
         assert manifest is not None
         size = manifest["blocks_per_shard"]
@@ -259,7 +260,7 @@ def open_targets(
             unit_scale=True,
             disable=not main or not missing,
         )
-        with progress:
+        with progress, teacher.together():
             for number in missing[rank::world]:
                 ids = np.arange(number * size, number * size + wanted[number])
                 _build_shard(folder, number, ids, teacher, blocks, encoding, layout, batch_tokens)

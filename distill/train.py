@@ -111,7 +111,9 @@ class Training:
                 resumed = None
                 # A signal may also have come during a stage's last validation.
                 if signum := self._agree(0.0, stop.signum)[1]:
+                    self._all_saved()
                     raise Interrupted(signum)
+            self._all_saved()
         self._load_best()
         return self.progress
 
@@ -158,8 +160,10 @@ class Training:
                     or now.tokens == self.validate_at_tokens
                 ):
                     self._validate(stage)
+                self.checkpoints.check()
                 if signum:
                     self._save(optimizer)
+                    self._all_saved()
                     raise Interrupted(signum)
                 if now.share(self.recipe.run.checkpoint_every, last_saved) >= 1:
                     self._save(optimizer)
@@ -481,11 +485,16 @@ class Training:
     # ---------------------------------------------------------------- saving and resuming
 
     def _save(self, optimizer: Any | None) -> None:
-        """Write a checkpoint; `optimizer` is None between two stages. Collective: the lanes' states are gathered."""
+        """Begin to write a checkpoint; `optimizer` is None between two stages. Collective: the lanes' states are
+        gathered. Nobody waits for the disk."""
         lanes = self._gather_lanes()
         if self.accelerator.is_main_process:
             weights = {name: p.detach() for name, p in [*self.student.named_parameters(), *self.aids.items()]}
             self.checkpoints.save(self.progress.now.steps, weights, optimizer, lanes, asdict(self.progress))
+
+    def _all_saved(self) -> None:
+        """Wait, all processes, until the main one has written what there is to write."""
+        self.checkpoints.wait()
         self.accelerator.wait_for_everyone()
 
     def _gather_lanes(self) -> dict[str, Tensor]:
@@ -531,7 +540,6 @@ class Training:
 
     def _load_best(self) -> None:
         """Put the best weights into the student."""
-        self.accelerator.wait_for_everyone()
         best = LSTMForCausalLM.from_pretrained(self.checkpoints.best(self.progress.best_step))
         self.student.load_state_dict(best.state_dict())
         self.student.eval()
