@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 # What may differ between a run folder and the recipe that goes on with it: nothing that the numbers depend on.
 FREE_FIELDS = {
     "run": {"output_dir", "checkpoint_every", "keep_checkpoints", "threads", "micro_batch_size"},
+    "endpoint": {"url", "api_key_env", "concurrency", "requests_per_second", "retries", "timeout"},
     "corpus": {"cache_dir"},
     "evaluation": {"prompts", "new_tokens", "decode_seconds"},
     "tracking": None,
@@ -147,6 +148,8 @@ class _Job:
         result["targets"] = {"kind": targets.encoding.kind, "cached": isinstance(targets, CachedTargets)}
         if isinstance(targets, CachedTargets):
             result["targets"] |= {"seconds": targets.seconds, "bytes_per_token": targets.bytes_per_token}
+        if recipe.endpoint:
+            result["targets"]["served"] = recipe.endpoint.model
         if recipe.control.enabled:
             result["control"]["tokens_trained"] = control_progress.now.tokens
             result["control"]["train_seconds"] = control_progress.now.seconds
@@ -261,6 +264,7 @@ class TeacherAndText:
             self.accelerator,
             batch_tokens=self.recipe.evaluation.batch_tokens,
             cache_dir=self.recipe.corpus.cache_dir,
+            endpoint=self.recipe.endpoint,
         )
 
 
