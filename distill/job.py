@@ -118,7 +118,7 @@ class _Job:
                     recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=False
                 )
                 control = Training(
-                    "control", stages=(_control_stage(recipe, progress),), student=network, blocks=parts.blocks,
+                    "control", stages=(control_stage(recipe, progress),), student=network, blocks=parts.blocks,
                     validate_at_tokens=progress.now.tokens, **shared,
                 )  # fmt: skip
                 control_progress = control.run()
@@ -351,7 +351,7 @@ def _every(documents: Documents, first: int, step: int) -> Documents:
     return Documents(documents.tokens[first::step], documents.utf8_bytes[first::step], documents.words[first::step])
 
 
-def _control_stage(recipe: Recipe, student: Progress) -> StageConfig:
+def control_stage(recipe: Recipe, student: Progress) -> StageConfig:
     """Cross-entropy alone, all parameters trained, for as long as the student took."""
     control = recipe.control
     if control.match == "tokens":

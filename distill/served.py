@@ -189,14 +189,14 @@ def cut(blocks: Blocks, window: int, again: Callable[[Sequence[int]], list[int]]
             start = begin if scored == begin + 1 else max(begin, scored - 1 - max(1, blocks.context))
             stop = min(start + window - 1, end)
             if again is not None:
-                start, stop = _fit(tokens, begin, start, scored, stop, end, again)
+                start, stop = _fit(tokens, begin, start, scored, stop, end, window, again)
             stretches.append((start, stop, scored))
             scored = stop + 1
     return np.array(stretches, dtype=np.int64).reshape(-1, 3)
 
 
 def _fit(
-    tokens: np.ndarray, begin: int, start: int, scored: int, stop: int, end: int, again: Callable
+    tokens: np.ndarray, begin: int, start: int, scored: int, stop: int, end: int, window: int, again: Callable
 ) -> tuple[int, int]:
     """Cuts of a document at which the text between becomes its tokens, as near as possible before the given ones."""
     for _ in range(2 * SLACK):
@@ -205,10 +205,12 @@ def _fit(
         if ours == theirs:
             return start, stop
         same = _common(ours, theirs)
-        if len(ours) - same <= SLACK and scored < stop < end:
-            stop -= 1
-        elif same <= SLACK and start > begin:
+        at_start = 2 * same < len(ours)
+        if at_start and same <= SLACK and start > begin:
             start -= 1
+            stop = min(stop, start + window - 1)
+        elif not at_start and len(ours) - same <= SLACK and scored < stop < end:
+            stop -= 1
         else:
             break
     raise UserError(
