@@ -59,7 +59,8 @@ def test_a_run_by_hand() -> None:
     )  # fmt: skip
     assert found["seconds"] == pytest.approx(sum(found["parts"].values()))
     assert found["pass_seconds"] == [50, 25] and found["cache_seconds"] == 50
-    assert found["limit"] == "validation" and found["shares"]["validation"] == pytest.approx(125 / found["seconds"])
+    assert found["limit"] == "control" and found["shares"]["control"] == pytest.approx(trained / found["seconds"])
+    assert found["shares"]["validation"] == pytest.approx((9 + 16) * 5 / found["seconds"])
     assert found["shares"]["teacher"] == pytest.approx((30 + 8) / found["seconds"])
 
 
@@ -99,7 +100,7 @@ def test_the_command(world: World) -> None:
         one = found["devices"]["1"]
         assert found["predicted_seconds"] == one["seconds"] == pytest.approx(sum(one["parts"].values()))
         assert one["steps"] == 14 and (one["parts"]["targets"] > 0) == bool(options)
-        assert set(found["stage_tokens_per_second"]) == {"1 hidden_mse", "2 forward_kl+cross_entropy"}
+        assert set(found["stage_tokens_per_second"]) == {"1 hidden_mse", "2 cross_entropy+forward_kl"}
         assert all(value > 0 for value in found["stage_tokens_per_second"].values())
         if options:
             assert found["measured"]["train_tokens"] == 1_000_000
