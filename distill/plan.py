@@ -123,8 +123,8 @@ def plan(
     ]
     note = (
         f"A pass: {measured.train_tokens:,} tokens of text. Cache: {measured.target_tokens:,} tokens"
-        f"{'' if recipe.targets.cache else ', if targets.cache were true'}. Of several devices each is {efficiency:.0%} "
-        f"as fast as this one. Of the memory, {measured.teacher_bytes / 2**30:.2f} GiB are the teacher's weights, "
+        f"{'' if recipe.targets.cache else ', if targets.cache were true'}. Of several devices each is "
+        f"{efficiency:.0%} as fast as this one. Of the memory, {measured.teacher_bytes / 2**30:.2f} GiB are the teacher's weights, "
         f"{measured.student_bytes / 2**30:.2f} GiB student, gradients and optimizer."
     )
     if wrong := [devices for devices in DEVICES if recipe.run.batch_size % devices]:
@@ -282,13 +282,12 @@ def forecast(recipe: Recipe, measured: Measured, devices: int = 1, efficiency: f
         validated = intervals(recipe.evaluation.every, count, step, measured.tokens_per_step) + (count > steps)
         control_validation = validated * validating
         saved = checkpoints(recipe, count, step, measured.tokens_per_step)
-        control = count * step + saved * measured.control.checkpoint
-        parts["control"] = control + control_validation
+        control = count * step
+        parts["control"] = control + saved * measured.control.checkpoint + control_validation
     students = 1 + (measured.control is not None)
     whole_teacher = measured.reference / speed if recipe.student.vocabulary_min_count is not None else 0.0
-    decoding = _decoding(recipe, measured.teacher_decode_rate) + students * _decoding(
-        recipe, measured.student_decode_rate
-    )
+    decoding = _decoding(recipe, measured.teacher_decode_rate)
+    decoding += students * _decoding(recipe, measured.student_decode_rate)
     samples = 2 * len(recipe.evaluation.prompts) * recipe.evaluation.new_tokens / measured.student_decode_rate
     parts["evaluation"] = students * (measured.validation / speed + measured.best) + whole_teacher + decoding + samples
     total = sum(parts.values())
