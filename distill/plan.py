@@ -124,8 +124,8 @@ def plan(
     note = (
         f"A pass: {measured.train_tokens:,} tokens of text. Cache: {measured.target_tokens:,} tokens"
         f"{'' if recipe.targets.cache else ', if targets.cache were true'}. Of several devices each is "
-        f"{efficiency:.0%} as fast as this one. Of the memory, {measured.teacher_bytes / 2**30:.2f} GiB are the teacher's "
-        f"weights, {measured.student_bytes / 2**30:.2f} GiB student, gradients and optimizer."
+        f"{efficiency:.0%} as fast as this one. Of the memory, {measured.teacher_bytes / 2**30:.2f} GiB are the "
+        f"teacher's weights, {measured.student_bytes / 2**30:.2f} GiB student, gradients and optimizer."
     )
     if wrong := [devices for devices in DEVICES if recipe.run.batch_size % devices]:
         note += (

