@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 # What may differ between a run folder and the recipe that goes on with it: nothing that the numbers depend on.
 FREE_FIELDS = {
     "run": {"output_dir", "checkpoint_every", "keep_checkpoints", "threads", "micro_batch_size"},
+    "endpoint": {"url", "api_key_env", "concurrency", "requests_per_second", "retries", "timeout"},
     "corpus": {"cache_dir"},
     "evaluation": {"prompts", "new_tokens", "decode_seconds"},
     "tracking": None,
@@ -119,7 +120,7 @@ class _Job:
                     recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=False
                 )
                 control = Training(
-                    "control", stages=(_control_stage(recipe, progress),), student=network, blocks=parts.blocks,
+                    "control", stages=(control_stage(recipe, progress),), student=network, blocks=parts.blocks,
                     validate_at_tokens=progress.now.tokens, **shared,
                 )  # fmt: skip
                 control_progress = control.run()
@@ -149,6 +150,8 @@ class _Job:
         result["targets"] = {"kind": targets.encoding.kind, "cached": isinstance(targets, CachedTargets)}
         if isinstance(targets, CachedTargets):
             result["targets"] |= {"seconds": targets.seconds, "bytes_per_token": targets.bytes_per_token}
+        if recipe.endpoint:
+            result["targets"]["served"] = recipe.endpoint.model
         if recipe.control.enabled:
             result["control"]["tokens_trained"] = control_progress.now.tokens
             result["control"]["train_seconds"] = control_progress.now.seconds
@@ -270,6 +273,7 @@ class TeacherAndText:
             self.accelerator,
             batch_tokens=self.recipe.evaluation.batch_tokens,
             cache_dir=self.recipe.corpus.cache_dir,
+            endpoint=self.recipe.endpoint,
         )
 
 
@@ -371,7 +375,7 @@ def _share(documents: Documents, process: int, processes: int) -> Documents:
     return Documents([documents.tokens[n] for n in mine], documents.utf8_bytes[mine], documents.words[mine])
 
 
-def _control_stage(recipe: Recipe, student: Progress) -> StageConfig:
+def control_stage(recipe: Recipe, student: Progress) -> StageConfig:
     """Cross-entropy alone, all parameters trained, for as long as the student took."""
     control = recipe.control
     if control.match == "tokens":

@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,16 @@ from distill.teacher import LanguageModel
 from distill.tracking import VALIDATION_FIGURES, Tracker
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Seconds that parts of a stage take: a step, the teacher in it, the metric before the first one, a checkpoint."""
+
+    step: float
+    teacher: float
+    metric: float
+    checkpoint: float
 
 
 class Training:
@@ -174,6 +184,32 @@ class Training:
         progress.stage_start = Clock(**asdict(progress.now))
         progress.done = progress.stage == len(self.stages)
         self._save(None)
+
+    def rehearse(self, seconds: float) -> Rehearsal:
+        """For a plan: what the stage at hand takes, from steps for so many seconds (two at least) after a warm-up.
+
+        The steps move the place in the text, but no weight.
+        """
+        stage = self.stages[self.progress.stage]
+        self.blocks = self._blocks_of(stage)
+        model, optimizer = self._prepare(stage)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        began = time.perf_counter()
+        metric = self.groundwork.metric(stage)
+        metric_seconds = time.perf_counter() - began
+        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta, metric)
+        self.sampler = self._sampler(stage)
+        self._step(model, optimizer, stage, objective)
+        steps, teacher_seconds, began = 0, 0.0, time.perf_counter()
+        while steps < 2 or time.perf_counter() - began < seconds:
+            self.progress.now.steps += 1
+            teacher_seconds += self._step(model, optimizer, stage, objective)[2]
+            steps += 1
+        total, began = time.perf_counter() - began, time.perf_counter()
+        self._save(optimizer)
+        saving = time.perf_counter() - began
+        return Rehearsal(total / steps, teacher_seconds / steps, metric_seconds, saving)
 
     def _first_states(self) -> Iterator[States]:
         """The teacher's hidden states on this process's first micro-batches of the first epoch."""
