@@ -68,8 +68,8 @@ def count_file_calls(die_at: int = 0) -> dict[str, int]:
 
         return call
 
-    os.fsync, os.rename, os.replace = counted(os.fsync), counted(os.rename), counted(os.replace)
-    shutil.rmtree = counted(shutil.rmtree)
+    for module, name in ((os, "fsync"), (os, "rename"), (os, "replace"), (shutil, "rmtree")):
+        setattr(module, name, counted(getattr(module, name)))
     return counts
 
 
@@ -330,7 +330,7 @@ def disturb_the_hub(trial: Trial, how: dict[str, Any]) -> None:
     sleep = time.sleep
 
     def prepare() -> None:
-        time.sleep = lambda seconds: sleep(min(seconds, 0.02))  # the library's own pauses
+        time.sleep = lambda seconds: sleep(min(float(seconds), 0.02))  # the library's own pauses
 
     trial.run(prepare=prepare)
     os.kill(trial.hub_process, signal.SIGUSR1)

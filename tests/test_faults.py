@@ -59,7 +59,7 @@ def test_a_resume_that_goes_on_with_other_numbers_is_seen(
         (2, "", "exit code 2 with 0 messages"),
         (1, "Traceback (most recent call last):\n  File\nValueError: x\n", "traceback: ValueError: x"),
         (1, "", "exit code 1"),
-        (None, "", "hangs for 120 s"),
+        (None, "", "hangs for 300 s"),
         (-9, "", ""),
         (143, "stopped", ""),
         (-11, "", "exit code -11"),
