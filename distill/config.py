@@ -155,7 +155,17 @@ class CorpusConfig(Section):
     documents: Literal["line", "paragraph", "file"] = "paragraph"
     """What one document is in a `.txt` file; paragraphs are separated by empty lines."""
     streaming: bool = False
-    """Read a hub data set without downloading all of it; needs `max_documents`."""
+    """Train on documents as they are read, each epoch anew: nothing is downloaded or tokenised beforehand but the
+    first `sample_documents`. For hub data sets and local `.parquet`, `.jsonl` and `.txt` files of any size. Every
+    process reads the stream and tokenises its share; checkpoints hold the position. Local files count as the same
+    text while sizes and first and last 64 KiB are the same."""
+    sample_documents: Positive = 20_000
+    """With `streaming`: documents from the start that are tokenised before training, once. Validation, test, token
+    counts (`candidates`, `vocabulary_min_count`, `align_input`), the teacher's first states and cached targets are
+    of these alone; those on the training side are streamed as well."""
+    shuffle_buffer: Annotated[int, Field(ge=0)] = 10_000
+    """With `streaming`: so many documents that follow each other are shuffled, anew in each epoch; their tokens are
+    held in memory. 0 for the order of the source."""
     max_documents: Positive | None = None
     """Take at most this many documents, from the start."""
     validation_fraction: Fraction = 0.02
@@ -175,8 +185,10 @@ class CorpusConfig(Section):
     def _consistent(self) -> Self:
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction + test_fraction must be below 1, or nothing is left to train on")
-        if self.streaming and self.max_documents is None:
-            raise ValueError("streaming needs max_documents: how many documents to read from the stream")
+        fields = ("sample_documents", "shuffle_buffer")
+        given = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
+        if given and not self.streaming:
+            raise ValueError(f"{', '.join(given)}: only for a stream; set streaming: true")
         return self
 
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from distill.progress import Progress
 from distill.recipe import dump_recipe
 from distill.result import compare, plot_curves, print_result, table_rows, versions
 from distill.samples import continuations, decode_speed
+from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
 from distill.targets import CachedTargets, LiveTargets, Targets, cached_blocks, make_encoding, open_targets
 from distill.teacher import LanguageModel, hardware_has_bf16, load_teacher, wrap
@@ -105,8 +107,9 @@ class _Job:
                 transplant=recipe.student.transplant,
             )
             training = Training(
-                "student", stages=recipe.stages, student=network, blocks=parts.blocks, targets=targets, **shared,
-                blocks_with_targets=parts.cached_blocks, transplant=recipe.student.transplant,
+                "student", stages=recipe.stages, student=network, blocks=parts.text, targets=targets, **shared,
+                blocks_with_targets=parts.cached_blocks if recipe.targets.cache else None,
+                transplant=recipe.student.transplant,
             )  # fmt: skip
             progress = training.run()
         curves = {"student": progress.points}
@@ -117,7 +120,7 @@ class _Job:
                     recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=False
                 )
                 control = Training(
-                    "control", stages=(_control_stage(recipe, progress),), student=network, blocks=parts.blocks,
+                    "control", stages=(_control_stage(recipe, progress),), student=network, blocks=parts.text,
                     validate_at_tokens=progress.now.tokens, **shared,
                 )  # fmt: skip
                 control_progress = control.run()
@@ -230,6 +233,22 @@ class TeacherAndText:
             self.corpus.train, recipe.corpus.block_length, recipe.teacher.context, recipe.corpus.reset_at_documents
         )
         self.cached_blocks = cached_blocks(self.blocks, recipe.targets.max_tokens)
+
+    @cached_property
+    def text(self) -> Blocks | BlockStream:
+        """What is trained on: the blocks, or the stream that begins with them."""
+        recipe = self.recipe
+        if not recipe.corpus.streaming:
+            return self.blocks
+        return BlockStream(
+            recipe.corpus,
+            self.teacher.tokenizer,
+            self.corpus,
+            self.blocks,
+            lanes=recipe.run.batch_size,
+            seed=recipe.run.seed,
+            accelerator=self.accelerator,
+        )
 
     def _corpus(self) -> Corpus:
         return load_corpus(self.recipe.corpus, self.teacher.tokenizer, progress=self.accelerator.is_main_process)
