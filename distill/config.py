@@ -213,9 +213,10 @@ class TargetsConfig(Section):
     max_tokens: Positive | None = None
     """Cache the targets of the first training tokens only, whole blocks; stages that need the teacher then train on
     these, others on all of the text."""
-    cache_dir: Path | None = None
+    cache_dir: str | None = None
     """Folder of the cached targets. Default: a folder named by all they depend on, under `potstill/targets/` in the
-    user's cache folder."""
+    user's cache folder. Or a URL such as `s3://bucket/folder`, to read a finished cache from there as it is needed:
+    whatever `fsspec` reads, with keys and endpoint from the environment (for S3 install `potstill[s3]`)."""
     repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     """Hub data set that holds the cached targets, to be downloaded instead of built."""
 
@@ -224,12 +225,24 @@ class TargetsConfig(Section):
         """The signal's kind, with `auto` resolved."""
         return "hidden" if self.signal == "auto" else self.signal
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the cache is read from behind a URL."""
+        return self.cache_dir is not None and "://" in self.cache_dir
+
+    @field_validator("cache_dir", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
     @model_validator(mode="after")
     def _cache_fields(self) -> Self:
         if not self.cache:
             given = [name for name in ("max_tokens", "cache_dir", "repo") if getattr(self, name) is not None]
             if given:
                 raise ValueError(f"{', '.join(given)}: only for cached targets; set cache: true")
+        if self.is_remote and self.repo:
+            raise ValueError(f"repo: found beside cache_dir {self.cache_dir}; give one place to read from")
         return self
 
 

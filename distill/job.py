@@ -159,6 +159,7 @@ class _Job:
         result["processes"] = self.accelerator.num_processes
         result["corpus"] = {
             "fingerprint": corpus.fingerprint,
+            "streaming": recipe.corpus.streaming,  # then the figures are those of the sample
             "train_tokens": len(corpus.train.tokens),
             "train_documents": len(corpus.train),
             "validation_documents": len(validator.documents.tokens),
@@ -270,7 +271,7 @@ class TeacherAndText:
         """From the cache or the live teacher, as the recipe says."""
         return self.cached_targets() if self.recipe.targets.cache else LiveTargets(self.teacher, self.encoding)
 
-    def cached_targets(self) -> CachedTargets:
+    def cached_targets(self, verify: bool = False) -> CachedTargets:
         """The recipe's cache, built as far as it is missing."""
         return open_targets(
             self.recipe.targets,
@@ -280,6 +281,7 @@ class TeacherAndText:
             self.accelerator,
             batch_tokens=self.recipe.evaluation.batch_tokens,
             cache_dir=self.recipe.corpus.cache_dir,
+            verify=verify,
         )
 
 

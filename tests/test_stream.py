@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import WORDS, World, result_of, run_command
+from conftest import WORDS, World
 from transformers import AutoTokenizer
 
 from distill import stream
