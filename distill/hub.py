@@ -246,8 +246,8 @@ def write_card(
         "## Where it comes from",
         f"- Teacher: {recipe.teacher.model}, licence {license_id or 'not stated'}, which this student carries.\n"
         f"- Text: {recipe.corpus.source}, {result['corpus']['train_tokens']:,} tokens in "
-        f"{result['corpus']['train_documents']:,} training documents{streamed} (fingerprint {result['corpus']['fingerprint']}); "
-        "see there for its licence.\n"
+        f"{result['corpus']['train_documents']:,} training documents{streamed} "
+        f"(fingerprint {result['corpus']['fingerprint']}); see there for its licence.\n"
         f"- Soft targets: {_sentence(result['targets'])}.\n"
         f"- Software: {_sentence(result['versions'])}.",
         "## Limits",
