@@ -156,12 +156,13 @@ def read_text(recipe_file: Path) -> dict[str, Any]:
 
 def read_cache(recipe_file: Path, shards: int) -> dict[str, Any]:
     """Build a cache of so many shards of one block, open it again, and read it once, in this process."""
-    from distill import targets
+    from distill import checkpoint, targets
     from distill.corpus import lane_order
     from distill.job import TeacherAndText, start_accelerator
     from distill.recipe import load_recipe
 
     targets.SHARD_TOKENS = BLOCK
+    checkpoint._flush = lambda path: None  # 10,000 files would be waited for one by one
     recipe = load_recipe(str(recipe_file), [f"targets.max_tokens={shards * BLOCK}"])
     parts = TeacherAndText(recipe, start_accelerator(recipe))
     if len(parts.cached_blocks) < shards:

@@ -150,6 +150,8 @@ def test_a_remote_cache_has_the_targets_of_the_local_one(
         one, other = local.signal(batch), remote.signal(batch)
         assert torch.equal(one.hidden_Nd, other.hidden_Nd)  # type: ignore[union-attr]
     assert len(remote.shards.open) < len(local.manifest["shards"])
+    assert remote.shards.pool is not None
+    remote.shards.pool.shutdown()
     left = list(remote_place(parts).glob("fetching-*"))
     assert left == [], "nothing is left behind"
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import threading
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +18,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+import torch
 from conftest import WORDS, World
 from transformers import AutoTokenizer
 
 from distill import stream
 from distill.config import CorpusConfig, UserError
-from distill.corpus import Blocks, load_corpus
+from distill.corpus import Blocks, Encoder, load_corpus
 from distill.documents import TextStream
 from distill.stream import BlockStream
 
@@ -29,7 +33,7 @@ T, C, LANES = 8, 4, 4
 
 def make_texts(count: int) -> list[Any]:
     rng = random.Random(1)
-    texts: list[Any] = [f"{' '.join(rng.choices(WORDS, k=rng.randint(1, 30)))}" for _ in range(count)]
+    texts: list[Any] = [f"{' '.join(rng.choices(WORDS, k=rng.randint(4, 30)))}" for _ in range(count)]
     texts[5], texts[count // 2] = None, " "
     return texts
 
@@ -141,54 +145,92 @@ def test_a_saved_position_goes_on_exactly(shards: Path, world: World, tmp_path: 
             )
 
 
-def test_shuffling_moves_documents_within_the_buffer_alone(shards: Path, world: World, tmp_path: Path) -> None:
-    texts = [f"{WORDS[i % 38]} {WORDS[i // 38]}" for i in range(200)]
+def test_shuffling_moves_documents_within_the_buffer_alone(world: World, tmp_path: Path) -> None:
+    """Chunks of 20 documents keep their place and their content, and have another order in each epoch."""
+    texts = [f"{one} {two}" for one in WORDS for two in WORDS][:200]
     folder = write_parquet(tmp_path / "numbered", texts, shards=3)
+    tokenizer = AutoTokenizer.from_pretrained(world.teacher)
 
-    def order(buffer: int, epoch: int) -> list[str]:
+    def epochs(buffer: int) -> list[list[str]]:
         config = configure(folder, tmp_path, shuffle_buffer=buffer, validation_fraction=0.05, test_fraction=0)
-        found, tokens, step = open_stream(config, world, lanes=1), [], 0
-        while found.epoch <= epoch:
+        found, tokens, step = open_stream(config, world, lanes=1), {}, 0
+        while found.epoch < 2:
             ids_G, _ = found.row(step)
-            if found.epoch == epoch:
-                tokens += found.batch(ids_G).inputs_BT.flatten().tolist()
+            tokens.setdefault(found.epoch, []).extend(found.batch(ids_G).inputs_BT.flatten().tolist())
             step += 1
-        words = AutoTokenizer.from_pretrained(world.teacher).decode(tokens).split("<|end|>")
-        return [word.strip() for word in words if word.strip()]
+        parts = [tokenizer.decode(tokens[epoch]).split("<|end|>") for epoch in (0, 1)]
+        return [[text.strip() for text in part if text.strip()][:-3] for part in parts]  # the end is cut to blocks
 
-    plain = order(0, 0)
-    assert [text for text in texts if text in plain][: len(plain) - 1] == plain[:-1]
-    once, twice = order(20, 0), order(20, 1)
-    assert sorted(once[:-3]) != sorted(plain[:-3]) or once != plain
-    assert once != plain and once != twice, "another order in each epoch"
-    place = {text: i for i, text in enumerate(texts)}
-    assert all(
-        abs(place[text] - place[other]) < 40 for text, other in zip(once[:-2], plain, strict=False) if text in place
-    )
-    assert order(20, 0) == once
+    plain, again = epochs(0)
+    assert plain == again and plain == [text for text in texts if text in set(plain)]
+    chunk = {text: place // 20 for place, text in enumerate(texts)}
+    for shuffled in (first, second) if (first := epochs(20)[0]) != (second := epochs(20)[1]) else ():
+        assert [chunk[text] for text in shuffled] == sorted(chunk[text] for text in shuffled)
+        assert shuffled != plain and len(set(shuffled)) == len(shuffled) >= len(plain) - 1
+    assert first != second
+    assert epochs(20)[0] == first
 
 
 class Together:
-    """Two processes as two objects: what both have gathered comes out for both."""
+    """One of two processes, here threads; what each gives to `gather` comes out for both."""
 
-    num_processes = 2
-    device = "cpu"
+    num_processes, device = 2, "cpu"
 
-    def __init__(self, rank: int) -> None:
-        self.process_index = rank
+    def __init__(self, rank: int, given: list[Any], barrier: threading.Barrier) -> None:
+        self.process_index, self.given, self.barrier = rank, given, barrier
+
+    def pad_across_processes(self, tensor: torch.Tensor, pad_index: int) -> torch.Tensor:
+        both = self.exchange(tensor)
+        missing = max(map(len, both)) - len(tensor)
+        return torch.cat([tensor, torch.full((missing,), pad_index, dtype=tensor.dtype)])
+
+    def gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        both = self.exchange(tensor)
+        assert len(both[0]) == len(both[1]), "as a collective needs them"
+        return torch.cat(both)
+
+    def exchange(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self.given[self.process_index] = tensor
+        self.barrier.wait(timeout=60)
+        both = list(self.given)
+        self.barrier.wait(timeout=60)
+        return both
 
 
-def test_two_processes_tokenise_disjoint_documents_that_are_all(shards: Path, world: World, tmp_path: Path) -> None:
+def test_two_processes_tokenise_disjoint_documents_that_are_all(
+    shards: Path, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And then have the blocks of one process, of which each trains on its lanes."""
     config = configure(shards, tmp_path, shuffle_buffer=30)
-    one = open_stream(config, world)
-    chunks = one._read(0)
-    parts = []
-    for rank in (0, 1):
-        found = open_stream(config, world)
-        found.rank, found.world = rank, 2
-        found.texts.seek(one.texts.start)
-        parts.append(found._read(0))
-    assert chunks.documents == parts[0].documents == parts[1].documents
+    encoded: dict[int, Counter[str]] = {}
+    encode = Encoder.encode
+
+    def watched(self: Encoder, texts: list[str]) -> Iterator[np.ndarray]:
+        encoded.setdefault(id(self), Counter()).update(texts)
+        return encode(self, texts)
+
+    open_stream(config, world)  # so that the sample is stored
+    monkeypatch.setattr(Encoder, "encode", watched)
+    alone = open_stream(config, world)
+    expected = dict(epoch_of(alone))
+    given, barrier = [None, None], threading.Barrier(2)
+
+    def read(rank: int) -> tuple[BlockStream, dict[int, dict[str, np.ndarray]], dict[str, Any]]:
+        found = open_stream(config, world, accelerator=Together(rank, given, barrier))
+        for _ in range(2):  # a second time from a position
+            state = found.state()
+            blocks = dict(epoch_of(found))
+            found.load(state)
+        return found, blocks, state
+
+    with ThreadPoolExecutor(2) as pool:
+        (one, blocks, state), (other, others, its_state) = pool.map(read, (0, 1))
+    assert state == its_state == open_stream(config, world).state(), "a position fits any number of processes"
+    for found in (blocks, others):
+        assert found.keys() == expected.keys() and all(same(found[block], expected[block]) for block in found)
+    ours, theirs, all_texts = (set(encoded[id(found.encoder)]) for found in (one, other, alone))
+    assert not ours & theirs and ours | theirs == all_texts
+    assert len(ours) > 100 and len(theirs) > 100
 
 
 def test_a_changed_text_and_wrong_files_are_refused(world: World, tmp_path: Path) -> None:
