@@ -62,8 +62,8 @@ def make_text(folder: Path, megabytes: int) -> None:
         while size < min(SHARD_MEGABYTES, megabytes - number * SHARD_MEGABYTES) * 1_000_000:
             texts.append(" ".join(words[rng.integers(len(words), size=rng.integers(50, 450))]))
             size += len(texts[-1])
-        table = pa.table({"text": texts})
-        write_atomically(file, lambda path, table=table: pyarrow.parquet.write_table(table, path, row_group_size=1000))
+        pyarrow.parquet.write_table(pa.table({"text": texts}), partial := folder / "partial", row_group_size=1000)
+        partial.rename(file)
 
 
 def make_teacher(folder: Path) -> None:
@@ -76,8 +76,13 @@ def make_teacher(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
-    ids = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
+    ids: dict[str, Any] = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS) + 1, **sizes, **ids)).save_pretrained(folder)
 
 
@@ -102,7 +107,8 @@ class Memory:
     """Resident memory of this process in MiB, watched by a thread."""
 
     def __init__(self) -> None:
-        self.began, self.points, self.over = time.perf_counter(), [], threading.Event()
+        self.began, self.over = time.perf_counter(), threading.Event()
+        self.points: list[tuple[float, float]] = []
 
     @staticmethod
     def now() -> float:

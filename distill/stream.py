@@ -73,7 +73,8 @@ class BlockStream:
         self.texts = TextStream(config)
         self.reader = ThreadPoolExecutor(1, "stream")
         self.ahead: Future[_Chunk] | None = None
-        self._begin({"step": 0, "epoch": 0, "block": 0, "chunk": 0, "token": 0, "texts": self.texts.start})
+        self.step = self.epoch = self.block = self.rows = 0  # the window's first step, epoch, first block, and rows
+        self._begin({"step": 0, "epoch": 0, **self._start})
 
     def batch(self, block_ids: np.ndarray) -> BlockBatch:
         """Blocks of the window at hand; see `Blocks.batch`."""
@@ -89,7 +90,7 @@ class BlockStream:
         A step before the window at hand takes the stream back to its start.
         """
         if step < self.step:
-            self._begin({"step": 0, "epoch": 0, "block": 0, "chunk": 0, "token": 0, "texts": self.texts.start})
+            self._begin({"step": 0, "epoch": 0, **self._start})
         while step >= self.step + self.rows:
             self.step, self.block = self.step + self.rows, self.block + self.rows * self.lanes
             self._fill()
@@ -132,8 +133,12 @@ class BlockStream:
             raise UserError(
                 f"run.batch_size: expected at least {lanes} blocks, one a lane, found {found} in the stream"
             )
-        start = {"block": 0, "chunk": 0, "token": 0, "texts": self.texts.start}
-        self._begin({"step": self.step, "epoch": self.epoch + 1, **start})
+        self._begin({"step": self.step, "epoch": self.epoch + 1, **self._start})
+
+    @property
+    def _start(self) -> dict[str, Any]:
+        """The state of an epoch's first window."""
+        return {"block": 0, "chunk": 0, "token": 0, "texts": self.texts.start}
 
     def _fill(self) -> None:
         """Hold the tokens of the window that begins at `self.block`, and those before it that the teacher reads."""
