@@ -3,7 +3,8 @@
 A shard on this machine is memory-mapped. One behind a URL (`s3://bucket/folder`, or whatever else `fsspec` reads) is
 fetched as a whole by a few threads, compared with its checksum and mapped; its file has no name any more by then, so
 that it goes with the last use of it, and a process that is killed leaves no more than the few it was fetching. While a
-lane reads one shard the next is fetched. Memory and disk hold the shards in use and those that follow them, however many there are.
+lane reads one shard the next is fetched. Memory and disk hold the shards in use and those that follow them, however
+many there are.
 
 A checksum takes time, hours for terabytes. So those of a folder are taken once: `.checked.json` has size and time of
 last change of each shard that was found to be what the manifest says, or was written here; while both are the same
