@@ -5,7 +5,8 @@
 Texts of several sizes are generated as parquet shards of random words. Each is read once by a process of its own, block
 by block in the order of training, in two ways: *streamed* (`corpus.streaming`), and *stored*: tokenised to disk, then
 read memory-mapped. Peak is the process's highest resident memory with all libraries, and growth that of the longest
-text over the shortest; the exponent is the slope of log seconds over log megabytes, 1 for time that grows linearly.
+text over the shortest. Time is linear where each further megabyte takes as many seconds as the ones before:
+`time_linearity` is the last of these figures over the first. Seconds hold everything, the teacher's loading too.
 The sample and the shuffle buffer hold 2,000 documents, about 3 MB of text, so that the shortest fills them too.
 
 Caches of hidden states have one tiny block a shard. *Reopen* is what a later run takes to find the cache whole, and
@@ -18,16 +19,14 @@ runs/bench/streaming.png.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +43,6 @@ SHARD_MEGABYTES = 5
 WAYS = ("streamed", "stored")
 SAMPLE = 2_000
 LANES, BLOCK = 16, 128
-SECONDS = 0.2  # between two looks at the memory
 
 
 def make_text(folder: Path, megabytes: int) -> None:
@@ -103,34 +101,10 @@ def write_recipe(folder: Path, text: Path, teacher: Path, **sections: dict[str, 
     return file
 
 
-class Memory:
-    """Resident memory of this process in MiB, watched by a thread."""
-
-    def __init__(self) -> None:
-        self.began, self.over = time.perf_counter(), threading.Event()
-        self.points: list[tuple[float, float]] = []
-
-    @staticmethod
-    def now() -> float:
-        return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        def watch() -> None:
-            while not self.over.wait(SECONDS):
-                self.points.append((time.perf_counter() - self.began, self.now()))
-
-        thread = threading.Thread(target=watch, daemon=True)
-        thread.start()
-        yield
-        self.over.set()
-        thread.join()
-
-    def figures(self) -> dict[str, Any]:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        peak = next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
-        step = max(1, len(self.points) // 500)
-        return {"peak_rss_mib": peak, "rss_mib": [(round(t, 1), round(m, 1)) for t, m in self.points[::step]]}
+def resident(field: str) -> float:
+    """MiB of this process: `VmRSS` now, `VmHWM` at its highest."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def read_text(recipe_file: Path) -> dict[str, Any]:
@@ -140,24 +114,24 @@ def read_text(recipe_file: Path) -> dict[str, Any]:
     from distill.recipe import load_recipe
     from distill.stream import BlockStream
 
-    recipe = load_recipe(str(recipe_file))
-    accelerator, memory, blocks = start_accelerator(recipe), Memory(), 0
-    with memory.watched():
-        at_start, began = memory.now(), time.perf_counter()
-        parts = TeacherAndText(recipe, accelerator)
-        if isinstance(text := parts.text, BlockStream):
-            while True:
-                ids_G, _ = text.row(blocks // LANES)
-                if text.epoch:
-                    break
-                text.batch(ids_G)
-                blocks += LANES
-        else:
-            for ids_G in lane_order(len(text), LANES, epoch=0, seed=0):
-                text.batch(ids_G)
-                blocks += LANES
-        seconds = time.perf_counter() - began
-    return {"tokens": blocks * BLOCK, "seconds": seconds, "rss_at_start_mib": at_start, **memory.figures()}
+    recipe, blocks = load_recipe(str(recipe_file)), 0
+    accelerator = start_accelerator(recipe)
+    at_start, began = resident("VmRSS"), time.perf_counter()
+    parts = TeacherAndText(recipe, accelerator)
+    if isinstance(text := parts.text, BlockStream):
+        while True:
+            ids_G, _ = text.row(blocks // LANES)
+            if text.epoch:
+                break
+            text.batch(ids_G)
+            blocks += LANES
+    else:
+        for ids_G in lane_order(len(text), LANES, epoch=0, seed=0):
+            text.batch(ids_G)
+            blocks += LANES
+    seconds = time.perf_counter() - began
+    rss = {"rss_at_start_mib": at_start, "peak_rss_mib": resident("VmHWM")}
+    return {"tokens": blocks * BLOCK, "seconds": seconds, **rss}
 
 
 def read_cache(recipe_file: Path, shards: int) -> dict[str, Any]:
@@ -179,13 +153,11 @@ def read_cache(recipe_file: Path, shards: int) -> dict[str, Any]:
         cached = parts.cached_targets(verify)
         seconds[f"{name}_seconds"] = time.perf_counter() - began
     assert len(cached.manifest["shards"]) == shards
-    memory = Memory()
-    with memory.watched():
-        before, began = memory.now(), time.perf_counter()
-        for ids_G in lane_order(shards, LANES, epoch=0, seed=0):
-            cached.signal(parts.cached_blocks.batch(ids_G))
-        seconds["read_seconds"] = time.perf_counter() - began
-        grown = memory.now() - before
+    before, began = resident("VmRSS"), time.perf_counter()
+    for ids_G in lane_order(shards, LANES, epoch=0, seed=0):
+        cached.signal(parts.cached_blocks.batch(ids_G))
+    seconds["read_seconds"] = time.perf_counter() - began
+    grown = resident("VmRSS") - before
     return {"shards": shards, **seconds, "tokens": shards // LANES * LANES * BLOCK, "read_growth_mib": grown}
 
 
@@ -214,6 +186,11 @@ def plot(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
     memory.legend()
     figure.suptitle("Memory and time over the length of a text")
     write_atomically(file, lambda path: FigureCanvasAgg(figure).print_png(str(path)))
+
+
+def _slope(shorter: dict[str, Any], longer: dict[str, Any]) -> float:
+    """Seconds for each further megabyte."""
+    return (longer["seconds"] - shorter["seconds"]) / (longer["megabytes"] - shorter["megabytes"])
 
 
 def benchmark(options: argparse.Namespace) -> None:
@@ -253,11 +230,12 @@ def benchmark(options: argparse.Namespace) -> None:
         for row in found[way]
     ]
     growth = {way: found[way][-1]["peak_rss_mib"] / found[way][0]["peak_rss_mib"] - 1 for way in WAYS}
-    exponent = {}
-    for way in WAYS if len(sizes) > 1 else ():
-        logs = np.log([[row["megabytes"], row["seconds"]] for row in found[way]])
-        exponent[way] = float(np.polyfit(logs[:, 0], logs[:, 1], 1)[0])
-    note = "; ".join(f"{way}: peak {growth[way]:+.1%}, exponent {exponent.get(way, math.nan):.2f}" for way in WAYS)
+    slope = {way: [_slope(*pair) for pair in itertools.pairwise(found[way])] for way in WAYS}
+    note = "\n".join(
+        f"{way}: peak {growth[way]:+.1%}; seconds per MB from each length to the next: "
+        + ", ".join(f"{value:.4f}" for value in slope[way])
+        for way in WAYS
+    )
     print_table(f"One reading of a text, {LANES} lanes x {BLOCK} tokens", rows, note)
     if caches:
         names = ("build_seconds", "reopen_seconds", "verify_seconds", "read_seconds", "read_growth_mib")
@@ -269,7 +247,8 @@ def benchmark(options: argparse.Namespace) -> None:
             "rss_growth_2gb": max(growth.values()),
             "megabytes": [sizes[0], sizes[-1]],
             "rss_growth": growth,
-            "seconds_exponent": exponent,
+            "seconds_per_mb": slope,
+            "time_linearity": {way: slope[way][-1] / slope[way][0] for way in WAYS if slope[way]},
             "readings": found,
             "caches": caches,
         },
