@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import SimpleNamespace
@@ -589,6 +590,26 @@ def test_hub_data_sets(config: CorpusConfig, tokenizer: Any, monkeypatch: pytest
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match="some/texts: .* could be loaded: broken$"):
         load(hub, tokenizer)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory is read from /proc")
+def test_reading_a_stored_text_does_not_fill_the_memory(tmp_path: Path) -> None:
+    """Mapped pages that were read are let go: 64 MB of tokens pass through a few."""
+
+    def resident() -> float:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+    np.save(tmp_path / "tokens.npy", np.zeros(2**25, dtype=np.uint16))
+    np.save(tmp_path / "starts.npy", np.arange(0, 2**25, 2**10))
+    tokens, starts = (np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("tokens", "starts"))
+    blocks = Blocks(Split(tokens, starts, starts, starts), 512, 0, reset_at_documents=True)
+    before = resident()
+    for first in range(0, len(blocks) - 31, 32):
+        blocks.batch(np.arange(first, first + 32))
+    assert resident() - before < 24
+    blocks.split.occurrences(1)
+    assert resident() - before < 24
 
 
 # What users get wrong.
