@@ -105,6 +105,33 @@ class TeacherConfig(Section):
     has at least this much history (or all of its document). Costs `context / block_length` of extra work."""
 
 
+class EndpointConfig(Section):
+    """A server that gives the soft targets in place of `teacher.model`: for a teacher too large for this machine.
+    `teacher.model` is then a smaller model of the same vocabulary, which gives tokenizer and transplant, and to which
+    validation compares. Needs `targets.cache` and `targets.signal: top_k`, and `pip install 'potstill[served]'`."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^/@\s]+(/[^@\s]*)?$")]
+    """Address of the server, without `/v1`."""
+    model: Annotated[str, Field(min_length=1)]
+    """Name of the teacher on the server."""
+    server: Literal["vllm", "sglang", "llama_cpp"] = "vllm"
+    """What it is: vLLM and SGLang are sent token ids; `python -m llama_cpp.server --logits_all true` is sent text."""
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    """Name of the environment variable that holds the API key, if one is needed; never the key itself."""
+    window: Annotated[int, Field(ge=2)] = 1024
+    """Longest stretch in tokens that a request holds. Documents are read from their start; later stretches of a longer
+    one have `teacher.context` tokens of left context at least."""
+    concurrency: Positive = 16
+    """Requests under way at one time, over all processes, but at least one in each."""
+    requests_per_second: PositiveFloat | None = None
+    """At most so many requests a second over all processes; null for no limit."""
+    retries: Annotated[int, Field(ge=0)] = 12
+    """How often a request is made again after a broken connection, a timeout or a temporary error, with waiting times
+    that double up to a minute, at random between 0 and that; the server's `Retry-After` is kept."""
+    timeout: PositiveFloat = 300.0
+    """Seconds after which a request counts as lost."""
+
+
 class StudentConfig(Section):
     """The LSTM and what it takes over from the teacher."""
 
@@ -155,7 +182,17 @@ class CorpusConfig(Section):
     documents: Literal["line", "paragraph", "file"] = "paragraph"
     """What one document is in a `.txt` file; paragraphs are separated by empty lines."""
     streaming: bool = False
-    """Read a hub data set without downloading all of it; needs `max_documents`."""
+    """Train on documents as they are read, each epoch anew: nothing is downloaded or tokenised beforehand but the
+    first `sample_documents`. For hub data sets and local `.parquet`, `.jsonl` and `.txt` files of any size. Every
+    process reads the stream and tokenises its share; checkpoints hold the position. Local files count as the same
+    text while sizes and first and last 64 KiB are the same."""
+    sample_documents: Positive = 20_000
+    """With `streaming`: documents from the start that are tokenised before training, once. Validation, test, token
+    counts (`candidates`, `vocabulary_min_count`, `align_input`), the teacher's first states and cached targets are
+    of these alone; those on the training side are streamed as well."""
+    shuffle_buffer: Annotated[int, Field(ge=0)] = 10_000
+    """With `streaming`: so many documents that follow each other are shuffled, anew in each epoch; their tokens are
+    held in memory. 0 for the order of the source."""
     max_documents: Positive | None = None
     """Take at most this many documents, from the start."""
     validation_fraction: Fraction = 0.02
@@ -175,8 +212,10 @@ class CorpusConfig(Section):
     def _consistent(self) -> Self:
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction + test_fraction must be below 1, or nothing is left to train on")
-        if self.streaming and self.max_documents is None:
-            raise ValueError("streaming needs max_documents: how many documents to read from the stream")
+        fields = ("sample_documents", "shuffle_buffer")
+        given = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
+        if given and not self.streaming:
+            raise ValueError(f"{', '.join(given)}: only for a stream; set streaming: true")
         return self
 
 
@@ -201,9 +240,10 @@ class TargetsConfig(Section):
     max_tokens: Positive | None = None
     """Cache the targets of the first training tokens only, whole blocks; stages that need the teacher then train on
     these, others on all of the text."""
-    cache_dir: Path | None = None
+    cache_dir: str | None = None
     """Folder of the cached targets. Default: a folder named by all they depend on, under `potstill/targets/` in the
-    user's cache folder."""
+    user's cache folder. Or a URL such as `s3://bucket/folder`, to read a finished cache from there as it is needed:
+    whatever `fsspec` reads, with keys and endpoint from the environment (for S3 install `potstill[s3]`)."""
     repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     """Hub data set that holds the cached targets, to be downloaded instead of built."""
 
@@ -212,12 +252,24 @@ class TargetsConfig(Section):
         """The signal's kind, with `auto` resolved."""
         return "hidden" if self.signal == "auto" else self.signal
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the cache is read from behind a URL."""
+        return self.cache_dir is not None and "://" in self.cache_dir
+
+    @field_validator("cache_dir", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
     @model_validator(mode="after")
     def _cache_fields(self) -> Self:
         if not self.cache:
             given = [name for name in ("max_tokens", "cache_dir", "repo") if getattr(self, name) is not None]
             if given:
                 raise ValueError(f"{', '.join(given)}: only for cached targets; set cache: true")
+        if self.is_remote and self.repo:
+            raise ValueError(f"repo: found beside cache_dir {self.cache_dir}; give one place to read from")
         return self
 
 
@@ -389,6 +441,7 @@ class Recipe(Section):
 
     run: RunConfig
     teacher: TeacherConfig
+    endpoint: EndpointConfig | None = None
     student: StudentConfig = StudentConfig()
     corpus: CorpusConfig
     targets: TargetsConfig = TargetsConfig()
@@ -420,6 +473,8 @@ class Recipe(Section):
                 f"run.batch_size ({self.run.batch_size}) must be a multiple of "
                 f"run.micro_batch_size ({self.run.micro_batch_size})"
             )
+        if self.endpoint:
+            problems += self._against_endpoint(self.endpoint)
         for number, stage in enumerate(self.stages):
             where = f"stages.{number}"
             if self.student.tie_embeddings and len(stage.freeze & {"embedding", "head"}) == 1:
@@ -457,6 +512,24 @@ class Recipe(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _against_endpoint(self, endpoint: EndpointConfig) -> list[str]:
+        """What a server's answers cannot serve."""
+        targets, problems = self.targets, []
+        if targets.kind != "top_k":
+            problems.append(f"targets.signal: expected top_k with an endpoint, found {targets.signal}")
+        if targets.temperature != 1:
+            problems.append(f"targets.temperature: expected 1 with an endpoint, found {targets.temperature}")
+        if not targets.cache:
+            problems.append("targets.cache: expected true with an endpoint, whose answers are kept on disk")
+        if self.student.vocabulary_min_count is not None:
+            problems.append("student.vocabulary_min_count: an endpoint knows the whole vocabulary only; remove it")
+        if self.teacher.context + 2 > endpoint.window:
+            problems.append(
+                f"endpoint.window: expected more than teacher.context ({self.teacher.context}) + 1, "
+                f"found {endpoint.window}"
+            )
+        return problems
 
     @property
     def folder(self) -> Path:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from distill.recipe import dump_recipe
 from distill.result import compare, plot_curves, print_result, table_rows, versions
 from distill.samples import continuations, decode_speed
 from distill.sharding import requested_engine
+from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
 from distill.targets import CachedTargets, LiveTargets, Targets, cached_blocks, make_encoding, open_targets
 from distill.teacher import LanguageModel, hardware_has_bf16, load_teacher, resolve_model, wrap
@@ -47,6 +49,7 @@ logger = logging.getLogger(__name__)
 # What may differ between a run folder and the recipe that goes on with it: nothing that the numbers depend on.
 FREE_FIELDS = {
     "run": {"output_dir", "checkpoint_every", "keep_checkpoints", "threads", "micro_batch_size"},
+    "endpoint": {"url", "api_key_env", "concurrency", "requests_per_second", "retries", "timeout"},
     "corpus": {"cache_dir"},
     "evaluation": {"prompts", "new_tokens", "decode_seconds"},
     "tracking": None,
@@ -107,8 +110,9 @@ class _Job:
                 transplant=recipe.student.transplant,
             )
             training = Training(
-                "student", stages=recipe.stages, student=network, blocks=parts.blocks, targets=targets, **shared,
-                blocks_with_targets=parts.cached_blocks, transplant=recipe.student.transplant,
+                "student", stages=recipe.stages, student=network, blocks=parts.text, targets=targets, **shared,
+                blocks_with_targets=parts.cached_blocks if recipe.targets.cache else None,
+                transplant=recipe.student.transplant,
             )  # fmt: skip
             progress = training.run()
         curves = {"student": progress.points}
@@ -119,7 +123,7 @@ class _Job:
                     recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=False
                 )
                 control = Training(
-                    "control", stages=(_control_stage(recipe, progress),), student=network, blocks=parts.blocks,
+                    "control", stages=(control_stage(recipe, progress),), student=network, blocks=parts.text,
                     validate_at_tokens=progress.now.tokens, **shared,
                 )  # fmt: skip
                 control_progress = control.run()
@@ -149,6 +153,8 @@ class _Job:
         result["targets"] = {"kind": targets.encoding.kind, "cached": isinstance(targets, CachedTargets)}
         if isinstance(targets, CachedTargets):
             result["targets"] |= {"seconds": targets.seconds, "bytes_per_token": targets.bytes_per_token}
+        if recipe.endpoint:
+            result["targets"]["served"] = recipe.endpoint.model
         if recipe.control.enabled:
             result["control"]["tokens_trained"] = control_progress.now.tokens
             result["control"]["train_seconds"] = control_progress.now.seconds
@@ -158,6 +164,7 @@ class _Job:
         result["processes"] = self.accelerator.num_processes
         result["corpus"] = {
             "fingerprint": corpus.fingerprint,
+            "streaming": recipe.corpus.streaming,  # then the figures are those of the sample
             "train_tokens": len(corpus.train.tokens),
             "train_documents": len(corpus.train),
             "validation_documents": len(validator.documents.tokens),
@@ -240,6 +247,22 @@ class TeacherAndText:
         )
         self.cached_blocks = cached_blocks(self.blocks, recipe.targets.max_tokens)
 
+    @cached_property
+    def text(self) -> Blocks | BlockStream:
+        """What is trained on: the blocks, or the stream that begins with them."""
+        recipe = self.recipe
+        if not recipe.corpus.streaming:
+            return self.blocks
+        return BlockStream(
+            recipe.corpus,
+            self.teacher.tokenizer,
+            self.corpus,
+            self.blocks,
+            lanes=recipe.run.batch_size,
+            seed=recipe.run.seed,
+            accelerator=self.accelerator,
+        )
+
     def _corpus(self) -> Corpus:
         return load_corpus(self.recipe.corpus, self.teacher.tokenizer, progress=self.accelerator.is_main_process)
 
@@ -260,7 +283,7 @@ class TeacherAndText:
         """From the cache or the live teacher, as the recipe says."""
         return self.cached_targets() if self.recipe.targets.cache else LiveTargets(self.teacher, self.encoding)
 
-    def cached_targets(self) -> CachedTargets:
+    def cached_targets(self, verify: bool = False) -> CachedTargets:
         """The recipe's cache, built as far as it is missing."""
         return open_targets(
             self.recipe.targets,
@@ -270,6 +293,8 @@ class TeacherAndText:
             self.accelerator,
             batch_tokens=self.recipe.evaluation.batch_tokens,
             cache_dir=self.recipe.corpus.cache_dir,
+            endpoint=self.recipe.endpoint,
+            verify=verify,
         )
 
 
@@ -371,7 +396,7 @@ def _share(documents: Documents, process: int, processes: int) -> Documents:
     return Documents([documents.tokens[n] for n in mine], documents.utf8_bytes[mine], documents.words[mine])
 
 
-def _control_stage(recipe: Recipe, student: Progress) -> StageConfig:
+def control_stage(recipe: Recipe, student: Progress) -> StageConfig:
     """Cross-entropy alone, all parameters trained, for as long as the student took."""
     control = recipe.control
     if control.match == "tokens":

@@ -102,6 +102,8 @@ def print_result(result: dict[str, Any], folder: Path, console: Console | None =
     console = console or Console()
     title = f"{result['name']}, validation on {result['student']['tokens']:,} tokens"
     print_table(title, table_rows(result), console=console)
+    if served := result["targets"].get("served"):
+        console.print(f"Soft targets of {served}, served. Teacher, KL and top-1 in the table are of the local teacher.")
     for sample in result["samples"]:
         for kind in ("greedy", "sampled"):
             text = " ".join(sample[kind].split())
