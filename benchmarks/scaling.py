@@ -9,7 +9,7 @@ Teacher, text and student are the quickstart's; the stage trained is forward KL 
 recipe's candidates, all collectives of a step included. A cache is timed from an empty folder to the checked manifest.
 Ways take turns; medians of repetitions are compared.
 
-`rss_growth_2gb` is measured by a command of its own and taken from runs/bench/stream.json, where there is one.
+`rss_growth_2gb` is measured by `make bench-streaming` and taken from runs/bench/streaming.json, where there is one.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def benchmark(options: argparse.Namespace) -> None:
 
 
 def rss_growth() -> float | None:
-    file = FOLDER / "stream.json"
+    file = FOLDER / "streaming.json"
     return json.loads(file.read_text(encoding="utf-8")).get("rss_growth_2gb") if file.is_file() else None
 
 
