@@ -105,6 +105,33 @@ class TeacherConfig(Section):
     has at least this much history (or all of its document). Costs `context / block_length` of extra work."""
 
 
+class EndpointConfig(Section):
+    """A server that gives the soft targets in place of `teacher.model`: for a teacher too large for this machine.
+    `teacher.model` is then a smaller model of the same vocabulary, which gives tokenizer and transplant, and to which
+    validation compares. Needs `targets.cache` and `targets.signal: top_k`, and `pip install 'potstill[served]'`."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^/@\s]+(/[^@\s]*)?$")]
+    """Address of the server, without `/v1`."""
+    model: Annotated[str, Field(min_length=1)]
+    """Name of the teacher on the server."""
+    server: Literal["vllm", "sglang", "llama_cpp"] = "vllm"
+    """What it is: vLLM and SGLang are sent token ids; `python -m llama_cpp.server --logits_all true` is sent text."""
+    api_key_env: Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")] | None = None
+    """Name of the environment variable that holds the API key, if one is needed; never the key itself."""
+    window: Annotated[int, Field(ge=2)] = 1024
+    """Longest stretch in tokens that a request holds. Documents are read from their start; later stretches of a longer
+    one have `teacher.context` tokens of left context at least."""
+    concurrency: Positive = 16
+    """Requests under way at one time, over all processes, but at least one in each."""
+    requests_per_second: PositiveFloat | None = None
+    """At most so many requests a second over all processes; null for no limit."""
+    retries: Annotated[int, Field(ge=0)] = 12
+    """How often a request is made again after a broken connection, a timeout or a temporary error, with waiting times
+    that double up to a minute, at random between 0 and that; the server's `Retry-After` is kept."""
+    timeout: PositiveFloat = 300.0
+    """Seconds after which a request counts as lost."""
+
+
 class StudentConfig(Section):
     """The LSTM and what it takes over from the teacher."""
 
@@ -415,6 +442,7 @@ class Recipe(Section):
 
     run: RunConfig
     teacher: TeacherConfig
+    endpoint: EndpointConfig | None = None
     student: StudentConfig = StudentConfig()
     corpus: CorpusConfig
     targets: TargetsConfig = TargetsConfig()
@@ -446,6 +474,8 @@ class Recipe(Section):
                 f"run.batch_size ({self.run.batch_size}) must be a multiple of "
                 f"run.micro_batch_size ({self.run.micro_batch_size})"
             )
+        if self.endpoint:
+            problems += self._against_endpoint(self.endpoint)
         for number, stage in enumerate(self.stages):
             where = f"stages.{number}"
             if self.student.tie_embeddings and len(stage.freeze & {"embedding", "head"}) == 1:
@@ -483,6 +513,24 @@ class Recipe(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _against_endpoint(self, endpoint: EndpointConfig) -> list[str]:
+        """What a server's answers cannot serve."""
+        targets, problems = self.targets, []
+        if targets.kind != "top_k":
+            problems.append(f"targets.signal: expected top_k with an endpoint, found {targets.signal}")
+        if targets.temperature != 1:
+            problems.append(f"targets.temperature: expected 1 with an endpoint, found {targets.temperature}")
+        if not targets.cache:
+            problems.append("targets.cache: expected true with an endpoint, whose answers are kept on disk")
+        if self.student.vocabulary_min_count is not None:
+            problems.append("student.vocabulary_min_count: an endpoint knows the whole vocabulary only; remove it")
+        if self.teacher.context + 2 > endpoint.window:
+            problems.append(
+                f"endpoint.window: expected more than teacher.context ({self.teacher.context}) + 1, "
+                f"found {endpoint.window}"
+            )
+        return problems
 
     @property
     def folder(self) -> Path:

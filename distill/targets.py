@@ -28,7 +28,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,8 +43,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill.checkpoint import write_atomically, write_json
-from distill.config import TargetsConfig, UserError
+from distill.config import EndpointConfig, TargetsConfig, UserError
 from distill.corpus import BlockBatch, Blocks, Corpus, cache_root, hash_tokenizer
+from distill.served import ServedTeacher
 from distill.shards import Checked, Columns, Remote, Shards, checksum, map_shard
 from distill.signals import DenseSignal, Encoding, Head, HiddenSignal, Signal, SparseSignal
 from distill.teacher import LanguageModel, hash_weights
@@ -69,6 +70,45 @@ class Targets(Protocol):
     def signal(self, batch: BlockBatch) -> Signal:
         """What the teacher says about a batch of blocks; N = B * T rows in the order of the labels."""
         ...
+
+
+class Source(Protocol):
+    """Who is asked when a cache is built."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What of the source the targets depend on."""
+        ...
+
+    def signals(self, shards: Sequence[np.ndarray]) -> Iterator[Iterable[Signal]]:
+        """The signals of each shard of blocks, one for some of its blocks after another."""
+        ...
+
+
+class LocalTeacher:
+    """The teacher in this process reads a few blocks at a time."""
+
+    def __init__(self, teacher: LanguageModel, blocks: Blocks, encoding: Encoding, batch_tokens: int) -> None:
+        """`batch_tokens`: what is read at once."""
+        self.teacher, self.blocks, self.encoding, self.batch_tokens = teacher, blocks, encoding, batch_tokens
+        self.window = blocks.context + blocks.block_length
+
+    @property
+    def name(self) -> str:
+        return self.teacher.name
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"teacher_weights": hash_weights(self.teacher.model), "window": self.window}
+
+    def signals(self, shards: Sequence[np.ndarray]) -> Iterator[Iterable[Signal]]:
+        step = max(1, self.batch_tokens // self.window)
+        for ids in shards:
+            parts = (ids[start : start + step] for start in range(0, len(ids), step))
+            yield (self.teacher.signal(self.blocks.batch(part), self.encoding) for part in parts)
 
 
 class LiveTargets:
@@ -216,28 +256,34 @@ def open_targets(
     *,
     batch_tokens: int,
     cache_dir: Path | None = None,
+    endpoint: EndpointConfig | None = None,
     verify: bool = False,
 ) -> CachedTargets:
     """The recipe's cache, complete: validated, and built by all processes as far as it is missing or damaged.
 
     Collective. `batch_tokens`: tokens that the teacher reads at once. `cache_dir`: root of caches without a
-    `targets.cache_dir`. `verify`: compare shards with their checksums that have been compared before. UserError names
-    what does not match, with both values, or what cannot be read or written.
+    `targets.cache_dir`. `endpoint`: the server that is asked in the teacher's place. `verify`: compare shards with
+    their checksums that have been compared before. UserError names what does not match, with both values, or what
+    cannot be read or written.
     """
+    encoding = make_encoding(config, teacher.vocab_size)
+    world = accelerator.num_processes
+    source: Source = LocalTeacher(teacher, blocks, encoding, batch_tokens)
+    if endpoint is not None:
+        source = ServedTeacher(endpoint, teacher.tokenizer, teacher.vocab_size, blocks, encoding.outcomes, world)
     identity = {
-        "teacher_weights": hash_weights(teacher.model),
+        **source.identity,
         "tokenizer": hash_tokenizer(teacher.tokenizer),
         "corpus": corpus.fingerprint,
         "vocab_size": teacher.vocab_size,
         "width": teacher.width,
         "block_length": blocks.block_length,
-        "window": blocks.context + blocks.block_length,
         "reset_at_documents": blocks.reset_at_documents,
         **_encoding_fields(config, teacher),
     }
     digest = hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()[:32]
     root = cache_root(cache_dir) / "targets"
-    main, rank, world = accelerator.is_main_process, accelerator.process_index, accelerator.num_processes
+    main, rank = accelerator.is_main_process, accelerator.process_index
     if config.is_remote:
         assert config.cache_dir is not None
         manifest = _read_remote(config.cache_dir, identity, len(blocks), root) if main else None
@@ -248,7 +294,8 @@ def open_targets(
     with _locked(folder) if main else contextlib.nullcontext():
         if main and config.repo:
             _download(config.repo, folder)
-        manifest = _claim(folder, identity, teacher, blocks, config) if main else None
+        with teacher.together():
+            manifest = _claim(folder, identity, source.name, teacher, blocks, config) if main else None
         manifest = broadcast_object_list([manifest])[0]
         assert manifest is not None
         size = manifest["blocks_per_shard"]
@@ -265,7 +312,6 @@ def open_targets(
                 f"targets.repo: {config.repo} lacks or has damaged {len(missing)} of {len(wanted)} shards, the first "
                 f"{shard_file(missing[0])}; complete it where it was built, or remove targets.repo to build it here"
             )
-        encoding = make_encoding(config, teacher.vocab_size)
         progress = tqdm(
             total=sum(wanted[number] for number in missing) * blocks.block_length,
             desc=f"{encoding.kind} targets",
@@ -273,10 +319,13 @@ def open_targets(
             unit_scale=True,
             disable=not main or not missing,
         )
-        with progress:
-            for number in missing[rank::world]:
-                ids = np.arange(number * size, number * size + wanted[number])
-                _build_shard(folder, number, ids, teacher, blocks, encoding, layout, batch_tokens)
+        with progress, teacher.together():
+            share = {
+                number: np.arange(number * size, number * size + wanted[number]) for number in missing[rank::world]
+            }
+            signals = source.signals(list(share.values()))
+            for number, ids in share.items():
+                _build_shard(folder, number, ids, signals, layout)
                 progress.update(min(wanted[number] * blocks.block_length * world, progress.total - progress.n))
         accelerator.wait_for_everyone()
         if main:
@@ -385,7 +434,7 @@ def _check_manifest(text: str, identity: dict[str, Any], where: str) -> dict[str
 
 
 def _claim(
-    folder: Path, identity: dict[str, Any], teacher: LanguageModel, blocks: Blocks, config: TargetsConfig
+    folder: Path, identity: dict[str, Any], name: str, teacher: LanguageModel, blocks: Blocks, config: TargetsConfig
 ) -> dict[str, Any]:
     """The folder's manifest with all shards that are recorded; a new one where there is none."""
     file = folder / MANIFEST
@@ -406,7 +455,7 @@ def _claim(
         block_bytes = Layout(identity, scale).token_bytes * blocks.block_length
         manifest = {
             "format": FORMAT,
-            "teacher": teacher.name,
+            "teacher": name,
             "identity": identity,
             "dimension_scale": scale,
             "blocks_per_shard": max(1, min(SHARD_BYTES // block_bytes, SHARD_TOKENS // blocks.block_length)),
@@ -456,27 +505,17 @@ def _damaged(
 
 
 def _build_shard(
-    folder: Path,
-    number: int,
-    block_ids: np.ndarray,
-    teacher: LanguageModel,
-    blocks: Blocks,
-    encoding: Encoding,
-    layout: Layout,
-    batch_tokens: int,
+    folder: Path, number: int, block_ids: np.ndarray, signals: Iterator[Iterable[Signal]], layout: Layout
 ) -> None:
-    """Ask the teacher about some blocks and write the shard, then its record."""
+    """Take the next shard's signals, write the shard, then its record."""
     began = time.perf_counter()
-    step = max(1, batch_tokens // (blocks.context + blocks.block_length))
-    parts = []
-    for start in range(0, len(block_ids), step):
-        with torch.inference_mode():
-            parts.append(layout.pack(teacher.signal(blocks.batch(block_ids[start : start + step]), encoding)))
+    with torch.inference_mode():
+        parts = [layout.pack(signal) for signal in next(signals)]
     schema = layout.features.arrow_schema
     arrays = [pa.array(block_ids)]
     for name, (_, n) in layout.columns.items():
         values = pa.array(np.concatenate([part[name] for part in parts]).reshape(-1))
-        arrays.append(pa.FixedSizeListArray.from_arrays(values, blocks.block_length * n))
+        arrays.append(pa.FixedSizeListArray.from_arrays(values, layout.block_length * n))
     table = pa.Table.from_arrays([a.cast(f.type) for a, f in zip(arrays, schema, strict=True)], schema=schema)
 
     def write(path: Path) -> None:

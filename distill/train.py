@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,16 @@ from distill.teacher import LanguageModel
 from distill.tracking import VALIDATION_FIGURES, Tracker
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """Seconds that parts of a stage take: a step, the teacher in it, the metric before the first one, a checkpoint."""
+
+    step: float
+    teacher: float
+    metric: float
+    checkpoint: float
 
 
 class Training:
@@ -114,7 +124,9 @@ class Training:
                 resumed = None
                 # A signal may also have come during a stage's last validation.
                 if signum := self._agree(0.0, stop.signum)[1]:
+                    self._all_saved()
                     raise Interrupted(signum)
+            self._all_saved()
         self._load_best()
         return self.progress
 
@@ -161,8 +173,10 @@ class Training:
                     or now.tokens == self.validate_at_tokens
                 ):
                     self._validate(stage)
+                self.checkpoints.check()
                 if signum:
                     self._save(optimizer)
+                    self._all_saved()
                     raise Interrupted(signum)
                 if now.share(self.recipe.run.checkpoint_every, last_saved) >= 1:
                     self._save(optimizer)
@@ -175,6 +189,32 @@ class Training:
         progress.stage_start = Clock(**asdict(progress.now))
         progress.done = progress.stage == len(self.stages)
         self._save(None)
+
+    def rehearse(self, seconds: float) -> Rehearsal:
+        """For a plan: what the stage at hand takes, from steps for so many seconds (two at least) after a warm-up.
+
+        The steps move the place in the text, but no weight.
+        """
+        stage = self.stages[self.progress.stage]
+        self.blocks = self._blocks_of(stage)
+        model, optimizer = self._prepare(stage)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        began = time.perf_counter()
+        metric = self.groundwork.metric(stage)
+        metric_seconds = time.perf_counter() - began
+        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta, metric)
+        self.sampler = self._sampler(stage)
+        self._step(model, optimizer, stage, objective)
+        steps, teacher_seconds, began = 0, 0.0, time.perf_counter()
+        while steps < 2 or time.perf_counter() - began < seconds:
+            self.progress.now.steps += 1
+            teacher_seconds += self._step(model, optimizer, stage, objective)[2]
+            steps += 1
+        total, began = time.perf_counter() - began, time.perf_counter()
+        self._save(optimizer)
+        saving = time.perf_counter() - began
+        return Rehearsal(total / steps, teacher_seconds / steps, metric_seconds, saving)
 
     def _first_states(self) -> Iterator[States]:
         """The teacher's hidden states on this process's first micro-batches of the first epoch or a stream's head."""
@@ -490,13 +530,18 @@ class Training:
     # ---------------------------------------------------------------- saving and resuming
 
     def _save(self, optimizer: Any | None) -> None:
-        """Write a checkpoint; `optimizer` is None between two stages. Collective: the lanes' states are gathered."""
+        """Begin to write a checkpoint; `optimizer` is None between two stages. Collective: the lanes' states are
+        gathered. Nobody waits for the disk."""
         lanes = self._gather_lanes()
         if isinstance(self.all_blocks, BlockStream):
             self.progress.stream = self.all_blocks.state()
         if self.accelerator.is_main_process:
             weights = {name: p.detach() for name, p in [*self.student.named_parameters(), *self.aids.items()]}
             self.checkpoints.save(self.progress.now.steps, weights, optimizer, lanes, asdict(self.progress))
+
+    def _all_saved(self) -> None:
+        """Wait, all processes, until the main one has written what there is to write."""
+        self.checkpoints.wait()
         self.accelerator.wait_for_everyone()
 
     def _gather_lanes(self) -> dict[str, Tensor]:
@@ -544,7 +589,6 @@ class Training:
 
     def _load_best(self) -> None:
         """Put the best weights into the student."""
-        self.accelerator.wait_for_everyone()
         best = LSTMForCausalLM.from_pretrained(self.checkpoints.best(self.progress.best_step))
         self.student.load_state_dict(best.state_dict())
         self.student.eval()

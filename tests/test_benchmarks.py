@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import World, run_command
 
-from benchmarks import ablation, quality, train
+from benchmarks import ablation, quality, scaling, train
 from distill.config import UserError
 
 TINY = ("targets.k=8", "targets.samples=4")
@@ -71,6 +71,35 @@ def test_bench_cache_reports_sizes_speed_and_fidelity(world: World, tmp_path: Pa
     assert 0 < result["int8_kl_nats"] < 0.01
     assert result["build_share"] == min(row["of_bare_and_head"] for row in result["kinds"].values())
     assert result["kinds"]["hidden"]["bytes_per_token"] > 24 + 4
+
+
+def test_bench_scaling_by_hand(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Medians of what is measured, and two processes for real."""
+    (tmp_path / "runs" / "bench").mkdir(parents=True)
+    (tmp_path / "runs" / "bench" / "stream.json").write_text('{"rss_growth_2gb": 0.05}', encoding="utf-8")
+    speeds = {"one": [100.0, 90.0, 300.0], "two": [180.0, 60.0, 170.0], "apart": [190.0, 190.0, 190.0]}
+    real, measured = scaling.measure, {way: iter(found) for way, found in speeds.items()}
+
+    def fake(way: str, options: object, folder: Path) -> dict[str, float]:
+        speed = next(measured[way])
+        return {"train": speed, "cache": speed * (1.1 if way == "two" else 1)}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scaling, "measure", fake)
+    assert scaling.main(["--recipe", str(world.recipe)]) == 0
+    result = last_line(capsys.readouterr().out)
+    assert result["rss_growth_2gb"] == 0.05
+    assert result["train_efficiency_2"] == pytest.approx(170 / 200)
+    assert result["cache_efficiency_2"] == pytest.approx(1.1 * 170 / 200)
+    assert result["train_efficiency_apart"] == pytest.approx(190 / 200)
+
+    options = SimpleNamespace(recipe=str(world.recipe), overrides=[], steps=2, tokens=640)
+    found = real("two", options, tmp_path / "work")  # type: ignore[arg-type]
+    assert set(found) == {"train", "cache"} and min(found.values()) > 0
+    blocks = json.loads((tmp_path / "work" / "built-0" / "targets.json").read_text(encoding="utf-8"))["shards"]
+    assert sum(shard["blocks"] for shard in blocks.values()) == 2 * 640 / 8, "as much for each process"
 
 
 def points(*losses: float) -> list[dict]:
