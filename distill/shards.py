@@ -161,6 +161,7 @@ class Checked:
         except (OSError, ValueError):
             found = {}
         self.stamps: dict[str, list[Any]] = found if isinstance(found, dict) else {}
+        self.added: dict[str, list[Any]] = {}  # by this process
 
     def problem_of(self, file: Path, record: Record) -> str | None:
         """What is wrong with a shard's file, if anything; its content is read only where no stamp fits."""
@@ -173,12 +174,12 @@ class Checked:
 
     def add(self, file: Path, record: Record) -> None:
         """Count a shard's file as compared."""
-        self.stamps[file.name] = _stamp(file, record)
+        self.added[file.name] = self.stamps[file.name] = _stamp(file, record)
 
     def merge(self, others: Iterable[dict[str, list[Any]]]) -> None:
-        """Take in what other processes have compared."""
-        for stamps in others:
-            self.stamps.update(stamps)
+        """Take in what all processes have added."""
+        for added in others:
+            self.stamps.update(added)
 
     def save(self) -> None:
         """Write the stamps."""

@@ -305,7 +305,7 @@ def open_targets(
         mine = list(wanted)[rank::world]
         checked = Checked(folder, anew=verify)
         bad = _damaged(folder, {number: known.get(number) for number in mine}, wanted, checked, progress=main)
-        parts = gather_object([(bad, checked.stamps)]) if world > 1 else [(bad, checked.stamps)]
+        parts = gather_object([(bad, checked.added)]) if world > 1 else [(bad, checked.added)]
         missing = sorted(number for part, _ in parts for number in part)
         if missing and config.repo:
             raise UserError(
@@ -330,7 +330,7 @@ def open_targets(
         accelerator.wait_for_everyone()
         if main:
             manifest = _collect(folder, manifest)
-            checked.merge([stamps for _, stamps in parts])
+            checked.merge(added for _, added in parts)
             for number in missing:  # just written, and read again for the checksum
                 checked.add(folder / shard_file(number), manifest["shards"][str(number)])
             checked.save()
