@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from distill.samples import continuations, decode_speed
 from distill.sealed import checksums, read_sealed, seal
 from distill.session import sha256
 from distill.sharding import requested_engine
+from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
 from distill.targets import CachedTargets, LiveTargets, Targets, cached_blocks, make_encoding, open_targets
 from distill.teacher import LanguageModel, hardware_has_bf16, hash_weights, load_teacher, resolve_model, wrap
@@ -113,8 +115,9 @@ class _Job:
                 transplant=recipe.student.transplant,
             )
             training = Training(
-                "student", stages=recipe.stages, student=network, blocks=parts.blocks, targets=targets, **shared,
-                blocks_with_targets=parts.cached_blocks, transplant=recipe.student.transplant,
+                "student", stages=recipe.stages, student=network, blocks=parts.text, targets=targets, **shared,
+                blocks_with_targets=parts.cached_blocks if recipe.targets.cache else None,
+                transplant=recipe.student.transplant,
             )  # fmt: skip
             progress = training.run()
         curves = {"student": progress.points}
@@ -125,7 +128,7 @@ class _Job:
                     recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=False
                 )
                 control = Training(
-                    "control", stages=(control_stage(recipe, progress),), student=network, blocks=parts.blocks,
+                    "control", stages=(control_stage(recipe, progress),), student=network, blocks=parts.text,
                     validate_at_tokens=progress.now.tokens, **shared,
                 )  # fmt: skip
                 control_progress = control.run()
@@ -166,6 +169,7 @@ class _Job:
         result["processes"] = self.accelerator.num_processes
         result["corpus"] = {
             "fingerprint": corpus.fingerprint,
+            "streaming": recipe.corpus.streaming,  # then the figures are those of the sample
             "train_tokens": len(corpus.train.tokens),
             "train_documents": len(corpus.train),
             "validation_documents": len(validator.documents.tokens),
@@ -248,6 +252,22 @@ class TeacherAndText:
         )
         self.cached_blocks = cached_blocks(self.blocks, recipe.targets.max_tokens)
 
+    @cached_property
+    def text(self) -> Blocks | BlockStream:
+        """What is trained on: the blocks, or the stream that begins with them."""
+        recipe = self.recipe
+        if not recipe.corpus.streaming:
+            return self.blocks
+        return BlockStream(
+            recipe.corpus,
+            self.teacher.tokenizer,
+            self.corpus,
+            self.blocks,
+            lanes=recipe.run.batch_size,
+            seed=recipe.run.seed,
+            accelerator=self.accelerator,
+        )
+
     def _corpus(self) -> Corpus:
         return load_corpus(self.recipe.corpus, self.teacher.tokenizer, progress=self.accelerator.is_main_process)
 
@@ -268,7 +288,7 @@ class TeacherAndText:
         """From the cache or the live teacher, as the recipe says."""
         return self.cached_targets() if self.recipe.targets.cache else LiveTargets(self.teacher, self.encoding)
 
-    def cached_targets(self) -> CachedTargets:
+    def cached_targets(self, verify: bool = False) -> CachedTargets:
         """The recipe's cache, built as far as it is missing."""
         return open_targets(
             self.recipe.targets,
@@ -279,6 +299,7 @@ class TeacherAndText:
             batch_tokens=self.recipe.evaluation.batch_tokens,
             cache_dir=self.recipe.corpus.cache_dir,
             endpoint=self.recipe.endpoint,
+            verify=verify,
         )
 
 

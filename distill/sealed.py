@@ -26,8 +26,13 @@ def seal(content: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_sealed(file: Path) -> dict[str, Any]:
     """The content of a JSON file without its checksum. OSError or ValueError where it cannot be read or has changed."""
+    return unseal(file.read_text(encoding="utf-8"))
+
+
+def unseal(text: str) -> dict[str, Any]:
+    """As `read_sealed`, of a file's text. ValueError where it is no JSON object or has changed."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(content, dict):

@@ -78,7 +78,7 @@ def test_bench_scaling_by_hand(
 ) -> None:
     """Medians of what is measured, and two processes for real."""
     (tmp_path / "runs" / "bench").mkdir(parents=True)
-    (tmp_path / "runs" / "bench" / "stream.json").write_text('{"rss_growth_2gb": 0.05}', encoding="utf-8")
+    (tmp_path / "runs" / "bench" / "streaming.json").write_text('{"rss_growth_2gb": 0.05}', encoding="utf-8")
     speeds = {"one": [100.0, 90.0, 300.0], "two": [180.0, 60.0, 170.0], "apart": [190.0, 190.0, 190.0]}
     real, measured = scaling.measure, {way: iter(found) for way, found in speeds.items()}
 
@@ -148,3 +148,20 @@ def test_bench_ablation_by_hand(
     assert result["equal_tokens"] == 200 and len(result["rows"]) == len(ablation.VARIANTS)
     assert result["rows"][1]["bits_per_byte"] == pytest.approx(1.0)
     assert result["rows"][1]["bits_per_byte_at_equal_tokens"] == pytest.approx(5 / 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory is read from /proc")
+def test_bench_streaming_reads_texts_and_caches(tmp_path: Path) -> None:
+    arguments = ("--megabytes", "4", "5", "--shards", "20")
+    found = run_command(*arguments, launcher=("-m", "benchmarks.streaming"), cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    result = last_line(found.stdout)
+    streamed, stored = (result["readings"][way] for way in ("streamed", "stored"))
+    for one, other in zip(streamed, stored, strict=True):
+        assert 0 <= one["tokens"] - other["tokens"] < 16 * 128 and one["peak_rss_mib"] > one["rss_at_start_mib"]
+    assert streamed[1]["tokens"] > 1.2 * streamed[0]["tokens"]
+    growth = streamed[1]["peak_rss_mib"] / streamed[0]["peak_rss_mib"] - 1
+    assert result["rss_growth"]["streamed"] == pytest.approx(growth)
+    assert result["rss_growth_2gb"] == max(result["rss_growth"].values())
+    assert result["caches"][0]["shards"] == 20 and result["caches"][0]["read_seconds"] > 0
+    assert (tmp_path / "runs/bench/streaming.png").is_file()
