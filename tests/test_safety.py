@@ -99,7 +99,7 @@ def checkpoint(folder: Path) -> Path:
 def shard(folder: Path) -> Any:
     manifest = read_manifest(folder / "targets")
     head = load_language_model(str(folder / "teacher"), device=CPU).head
-    return CachedTargets(folder / "targets", manifest, head, 0.0)._map(0)
+    return CachedTargets(folder / "targets", manifest, head, 0.0, folder).shards.rows([(0, 0)])
 
 
 def texts(folder: Path, suffix: str) -> list[str]:

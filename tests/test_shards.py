@@ -21,6 +21,7 @@ from distill import shards
 from distill.config import TargetsConfig, UserError
 from distill.corpus import lane_order
 from distill.job import TeacherAndText
+from distill.sealed import seal
 from distill.session import sha256
 from distill.shards import HELD, Remote, Shards
 from distill.targets import CachedTargets, shard_file
@@ -177,11 +178,11 @@ def test_what_is_wrong_with_a_remote_cache_is_said(
 
     manifest = json.loads(in_memory.cat_file("/targets/targets.json"))
     del manifest["shards"]["3"]
-    in_memory.pipe_file("/targets/targets.json", json.dumps(manifest).encode())
+    in_memory.pipe_file("/targets/targets.json", json.dumps(seal(manifest)).encode())
     with pytest.raises(UserError, match=r"lacks 1 of \d+ shards, the first data/train-00003.arrow; .* read only"):
         at(parts, "memory://targets")
     manifest["identity"]["corpus"] = "other"
-    in_memory.pipe_file("/targets/targets.json", json.dumps(manifest).encode())
+    in_memory.pipe_file("/targets/targets.json", json.dumps(seal(manifest)).encode())
     with pytest.raises(UserError, match="memory://targets belong to another run"):
         at(parts, "memory://targets")
     with pytest.raises(UserError, match="memory://nowhere/targets.json cannot be read: FileNotFoundError"):

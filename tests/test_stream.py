@@ -19,9 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import WORDS, World
+from conftest import World
 from transformers import AutoTokenizer
 
+from benchmarks.tiny import WORDS
 from distill import stream
 from distill.config import CorpusConfig, UserError
 from distill.corpus import Blocks, Encoder, load_corpus
