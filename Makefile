@@ -32,7 +32,8 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install install-dev distill frontier smoke test check docs lock clean FORCE \
-	bench-loss bench-train bench-cache bench-ablation bench-quality bench-decode bench-speculative
+	bench-loss bench-train bench-cache bench-ablation bench-quality bench-decode bench-speculative \
+	bench-scaling bench-streaming
 
 help:  ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -83,6 +84,9 @@ bench-train: install .venv-trl/.done  ## speed and memory of a training step: na
 bench-cache: install  ## cached targets: bytes a token, speed of building, fidelity
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.cache $(ARGS)
 
+bench-streaming: install  ## memory and time over 10 MB to 2 GB of text, and over thousands of shards; up to an hour
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.streaming $(ARGS)
+
 bench-ablation: install  ## what each part of the student's initialisation is worth
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.ablation $(ARGS)
 
@@ -94,6 +98,9 @@ bench-decode: install .venv-llama/.done  ## speed of decoding: the student, its 
 
 bench-speculative: install  ## the student drafts for its teacher: speed and acceptance; after make distill
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.speculative $(ARGS)
+
+bench-scaling: install  ## what a second process is worth, in training from a cache and in building one
+	$(BIN)/python -m benchmarks.scaling $(ARGS)
 
 clean:  ## remove .venv, .venv-trl, .venv-llama, builds and caches; runs/ stays
 	rm -rf .venv .venv-trl .venv-llama build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -72,7 +72,7 @@ class Bench:
         given = self.recipe.targets.model_dump(exclude_unset=True)
         config = TargetsConfig.model_validate({**given, "signal": kind, "cache": True})
         with tempfile.TemporaryDirectory() as folder:
-            config = config.model_copy(update={"cache_dir": Path(folder) / kind})
+            config = config.model_copy(update={"cache_dir": str(Path(folder) / kind)})
             targets = open_targets(
                 config, self.teacher, self.parts.corpus, self.blocks, self.accelerator,
                 batch_tokens=self.recipe.evaluation.batch_tokens,

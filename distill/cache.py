@@ -1,8 +1,9 @@
 """Build a recipe's cached targets and nothing else; a later run of the recipe finds them.
 
-    accelerate launch -m distill.cache RECIPE [key=value ...] [--push OWNER/NAME]
+    accelerate launch -m distill.cache RECIPE [key=value ...] [--verify] [--push OWNER/NAME]
 
-Stopped at any time, the same command goes on. Format and validation: `distill/targets.py`.
+Stopped at any time, the same command goes on. `--verify` compares all shards with their checksums, also those that
+have been before. Format and validation: `distill/targets.py`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from distill.command import guarded
+from distill.config import UserError
 from distill.job import TeacherAndText, leave, start_accelerator
 from distill.output import print_table
 from distill.recipe import load_recipe
+from distill.shards import CHECKED
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,17 +27,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="a YAML recipe, or a run folder")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field by its dotted path")
     parser.add_argument("--push", metavar="OWNER/NAME", help="upload the finished cache as a data set to the hub")
+    parser.add_argument("--verify", action="store_true", help="compare every shard with its checksum")
     options = parser.parse_args(arguments)
-    return guarded(lambda: build(options.recipe, options.overrides, options.push))
+    return guarded(lambda: build(options.recipe, options.overrides, options.push, options.verify))
 
 
-def build(recipe_name: str, overrides: Sequence[str], push: str | None) -> None:
+def build(recipe_name: str, overrides: Sequence[str], push: str | None, verify: bool = False) -> None:
     """Build or complete the cache of a recipe."""
     recipe = load_recipe(recipe_name, [*overrides, "targets.cache=true"])
+    if recipe.targets.is_remote:
+        raise UserError(f"targets.cache_dir: {recipe.targets.cache_dir} is read only; build in a folder, then copy it")
     accelerator = start_accelerator(recipe)
     try:
         parts = TeacherAndText(recipe, accelerator)
-        targets = parts.cached_targets()
+        targets = parts.cached_targets(verify)
         if not accelerator.is_main_process:
             return
         tokens = len(parts.cached_blocks) * recipe.corpus.block_length
@@ -50,7 +57,8 @@ def build(recipe_name: str, overrides: Sequence[str], push: str | None) -> None:
             from distill.hub import upload
 
             message = f"Soft targets of {parts.teacher.name}"
-            upload(targets.folder, push, True, None, message, repo_type="dataset", ignore=[".lock"])
+            assert isinstance(targets.folder, Path)
+            upload(targets.folder, push, True, None, message, repo_type="dataset", ignore=[".lock", CHECKED])
     finally:
         leave(accelerator)
 

@@ -4,17 +4,21 @@ A checkpoint is a folder `step-00000120/` with `model.safetensors` (weights), `o
 (moments), `lanes.safetensors` (the carried LSTM state of every lane) and `state.json` (position, curves,
 schedule). Random numbers need no file: every step seeds its own from the run's seed and the step's number.
 It is written under another name, flushed to disk and renamed, so a folder with this name is always
-whole. No pickle.
+whole. No pickle. The main process copies what is to be kept and goes on training; `Checkpoints` writes beside it,
+one thing after the other.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
 import shutil
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from transformers import PreTrainedModel
 from distill.config import UserError
 
 FOLDER = re.compile(r"step-(\d{8})")
+WAITING = 2  # copies in memory that may wait for the disk: the best weights and a checkpoint often come together
 
 
 def write_atomically(target: Path, write: Callable[[Path], object], field: str = "run.output_dir") -> None:
@@ -68,11 +73,33 @@ def write_json(target: Path, content: Any, field: str = "run.output_dir") -> Non
 
 
 class Checkpoints:
-    """The checkpoints of one training, in one folder: the last few, and the best weights apart."""
+    """The checkpoints of one training, in one folder: the last few, and the best weights apart.
+
+    `save` and `save_best` return as soon as everything is copied, unless the disk is `WAITING` writes behind. What goes
+    wrong in a write is raised by the next of them, or by `check` or `wait`.
+    """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder = folder
         self.keep = keep
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._writes: deque[Future[None]] = deque()
+
+    def wait(self) -> None:
+        """Until all is written."""
+        while self._writes:
+            self._writes.popleft().result()
+
+    def check(self) -> None:
+        """Raise what a write met with, without waiting for one that goes on."""
+        while self._writes and self._writes[0].done():
+            self._writes.popleft().result()
+
+    def _write(self, write: Callable[[], None]) -> None:
+        self.check()
+        while len(self._writes) > WAITING:
+            self._writes.popleft().result()
+        self._writes.append(self._writer.submit(write))
 
     def best(self, step: int) -> Path:
         """Folder of the weights that were best at this step, as a plain Hugging Face model."""
@@ -80,7 +107,8 @@ class Checkpoints:
 
     def save_best(self, step: int, student: PreTrainedModel) -> None:
         """Keep the weights as the best so far. Older bests go when no checkpoint names them any more."""
-        write_atomically(self.best(step), lambda path: student.save_pretrained(path))
+        kept = copy.deepcopy(student).cpu()
+        self._write(lambda: write_atomically(self.best(step), lambda path: kept.save_pretrained(path)))
 
     def save(
         self,
@@ -90,21 +118,24 @@ class Checkpoints:
         lanes: dict[str, Tensor],
         state: dict[str, Any],
     ) -> None:
-        """Write one checkpoint atomically, then drop the oldest beyond `keep`, and bests that none of the kept names.
+        """Begin to write one checkpoint atomically, and then to drop those beyond `keep`, and bests that none names.
 
         `model` and `lanes` are tensors by name; `state` must be plain JSON and name its `best_step`; `optimizer`
         is None between two stages.
         """
         moments, groups = _flat(optimizer) if optimizer is not None else ({}, [])
+        tensors = {"model": _copies(model), "optimizer": _copies(moments), "lanes": _copies(lanes)}
+        text = json.dumps({**state, "optimizer_groups": groups}, indent=1)
 
         def write(path: Path) -> None:
             path.mkdir()
-            save_file({name: value.contiguous().cpu() for name, value in model.items()}, path / "model.safetensors")
-            save_file(moments, path / "optimizer.safetensors")
-            save_file({name: value.contiguous().cpu() for name, value in lanes.items()}, path / "lanes.safetensors")
-            text = json.dumps({**state, "optimizer_groups": groups}, indent=1)
+            for name, values in tensors.items():
+                save_file(values, path / f"{name}.safetensors")
             (path / "state.json").write_text(text, encoding="utf-8")
 
+        self._write(lambda: self._put(step, write))
+
+    def _put(self, step: int, write: Callable[[Path], None]) -> None:
         write_atomically(self.folder / f"step-{step:08d}", write)
         for old in self._all()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
@@ -152,11 +183,16 @@ def restore_optimizer(optimizer: Optimizer, folder: Path, state: dict[str, Any])
 def _flat(optimizer: Optimizer) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     state = optimizer.state_dict()
     moments = {
-        f"{index}.{name}": torch.as_tensor(value).contiguous().cpu()
+        f"{index}.{name}": torch.as_tensor(value)
         for index, entry in state["state"].items()
         for name, value in entry.items()
     }
     return moments, state["param_groups"]
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, of their own."""
+    return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

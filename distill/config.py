@@ -182,7 +182,17 @@ class CorpusConfig(Section):
     documents: Literal["line", "paragraph", "file"] = "paragraph"
     """What one document is in a `.txt` file; paragraphs are separated by empty lines."""
     streaming: bool = False
-    """Read a hub data set without downloading all of it; needs `max_documents`."""
+    """Train on documents as they are read, each epoch anew: nothing is downloaded or tokenised beforehand but the
+    first `sample_documents`. For hub data sets and local `.parquet`, `.jsonl` and `.txt` files of any size. Every
+    process reads the stream and tokenises its share; checkpoints hold the position. Local files count as the same
+    text while sizes and first and last 64 KiB are the same."""
+    sample_documents: Positive = 20_000
+    """With `streaming`: documents from the start that are tokenised before training, once. Validation, test, token
+    counts (`candidates`, `vocabulary_min_count`, `align_input`), the teacher's first states and cached targets are
+    of these alone; those on the training side are streamed as well."""
+    shuffle_buffer: Annotated[int, Field(ge=0)] = 10_000
+    """With `streaming`: so many documents that follow each other are shuffled, anew in each epoch; their tokens are
+    held in memory. 0 for the order of the source."""
     max_documents: Positive | None = None
     """Take at most this many documents, from the start."""
     validation_fraction: Fraction = 0.02
@@ -202,8 +212,10 @@ class CorpusConfig(Section):
     def _consistent(self) -> Self:
         if self.validation_fraction + self.test_fraction >= 1:
             raise ValueError("validation_fraction + test_fraction must be below 1, or nothing is left to train on")
-        if self.streaming and self.max_documents is None:
-            raise ValueError("streaming needs max_documents: how many documents to read from the stream")
+        fields = ("sample_documents", "shuffle_buffer")
+        given = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
+        if given and not self.streaming:
+            raise ValueError(f"{', '.join(given)}: only for a stream; set streaming: true")
         return self
 
 
@@ -228,9 +240,10 @@ class TargetsConfig(Section):
     max_tokens: Positive | None = None
     """Cache the targets of the first training tokens only, whole blocks; stages that need the teacher then train on
     these, others on all of the text."""
-    cache_dir: Path | None = None
+    cache_dir: str | None = None
     """Folder of the cached targets. Default: a folder named by all they depend on, under `potstill/targets/` in the
-    user's cache folder."""
+    user's cache folder. Or a URL such as `s3://bucket/folder`, to read a finished cache from there as it is needed:
+    whatever `fsspec` reads, with keys and endpoint from the environment (for S3 install `potstill[s3]`)."""
     repo: Annotated[str, Field(pattern=r"^[\w.-]+/[\w.-]+$")] | None = None
     """Hub data set that holds the cached targets, to be downloaded instead of built."""
 
@@ -239,12 +252,24 @@ class TargetsConfig(Section):
         """The signal's kind, with `auto` resolved."""
         return "hidden" if self.signal == "auto" else self.signal
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the cache is read from behind a URL."""
+        return self.cache_dir is not None and "://" in self.cache_dir
+
+    @field_validator("cache_dir", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
     @model_validator(mode="after")
     def _cache_fields(self) -> Self:
         if not self.cache:
             given = [name for name in ("max_tokens", "cache_dir", "repo") if getattr(self, name) is not None]
             if given:
                 raise ValueError(f"{', '.join(given)}: only for cached targets; set cache: true")
+        if self.is_remote and self.repo:
+            raise ValueError(f"repo: found beside cache_dir {self.cache_dir}; give one place to read from")
         return self
 
 

@@ -10,7 +10,9 @@ which has no state to carry, reads the C tokens before a block along with it.
 
 A hash of a document's text alone decides its side, train, validation or test: copies of a text never lie on
 two sides, and a corpus that grows keeps its division. The tokens are stored under a fingerprint of all that
-they depend on and memory-mapped when read; making them takes the memory of one batch of documents.
+they depend on and memory-mapped when read; making them, and reading them in any order, takes the memory of one
+batch of documents, however long the text is. Text that is too long to be tokenised beforehand is streamed:
+`distill/stream.py`.
 
 Shapes: N tokens of a stream or document, n documents, B blocks of a batch, T tokens of a block, C tokens of
 context, W = C + T. Try it on a file of yours:
@@ -26,9 +28,11 @@ import copy
 import hashlib
 import json
 import logging
+import mmap
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -43,9 +47,10 @@ from distill.documents import Source, open_documents
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1  # of the stored files and what they mean; a new number makes every corpus be built anew
+FORMAT = 2  # of the stored files and what they mean; a new number makes every corpus be built anew
 SIDES = ("train", "validation", "test")
 COUNTED = 2**22  # tokens that are counted at one time: counting takes eight bytes for each
+FORGET_EVERY = 256  # batches of blocks between two releases of the pages they were read from
 
 
 @dataclass(frozen=True)
@@ -53,9 +58,9 @@ class Split:
     """The documents of one side; `len(split)` is their number."""
 
     tokens: np.ndarray  # (N,) memory-mapped stream: S d1 S d2 ... S dn S
-    starts: np.ndarray  # (n+1,) int64: position of each document's separator, and of the closing one
-    utf8_bytes: np.ndarray  # (n,) int64: bytes of each document's text
-    words: np.ndarray  # (n,) int64: whitespace-separated words of each document's text
+    starts: np.ndarray  # (n+1,) int64, memory-mapped: position of each document's separator, and of the closing one
+    utf8_bytes: np.ndarray  # (n,) int64, memory-mapped: bytes of each document's text
+    words: np.ndarray  # (n,) int64, memory-mapped: whitespace-separated words of each document's text
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -65,7 +70,14 @@ class Split:
         counts = np.zeros(vocab_size, dtype=np.int64)
         for start in range(0, len(self.tokens), COUNTED):
             counts += np.bincount(self.tokens[start : start + COUNTED], minlength=vocab_size)
+            self.forget()
         return counts
+
+    def forget(self) -> None:
+        """Unmap what was read: the system keeps it cached, but it no longer counts as this process's memory."""
+        for array in (self.tokens, self.starts):
+            if isinstance(array, np.memmap) and hasattr(mmap, "MADV_DONTNEED"):
+                array._mmap.madvise(mmap.MADV_DONTNEED)  # type: ignore[attr-defined]
 
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document with the separator that starts it, without the one that starts the next."""
@@ -165,44 +177,66 @@ def side_of(text: str, config: CorpusConfig) -> str:
     return "validation" if number < config.test_fraction + config.validation_fraction else "train"
 
 
-def _build(
-    folder: Path, config: CorpusConfig, source: Source, tokenizer: Any, separator: int, progress: bool
-) -> dict[str, Any]:
-    """Write the arrays of all sides; returns what `corpus.json` says about them.
+class Encoder:
+    """Turns documents into tokens, each behind a separator, on all cores.
 
     A special token that is spelled out in a text becomes ordinary tokens. A separator that comes out of the
     tokenizer nevertheless (an ordinary token such as a newline was chosen) is dropped: separators always are
-    boundaries of documents.
+    boundaries of documents. A fast tokenizer is copied, so that another thread may use it meanwhile.
     """
-    dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32
-    tokens = {side: GrowingArray(folder / f"{side}.npy", dtype) for side in SIDES}
-    measures = {side: GrowingArray(folder / f"{side}.documents.npy", np.int64, 3) for side in SIDES}
-    dropped = 0
+
+    def __init__(self, tokenizer: Any, separator: int) -> None:
+        self.tokenizer, self.separator = tokenizer, separator
+        self.dtype = np.uint16 if max(tokenizer.get_vocab().values()) < 2**16 else np.uint32
+        self.dropped = 0  # separators inside documents so far
+        self.backend = None
+        if tokenizer.is_fast:
+            self.backend = copy.deepcopy(tokenizer.backend_tokenizer)
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            self.backend.encode_special_tokens = True
+
+    def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
+        """The tokens (N,) of each text, a separator first."""
+        if self.backend is not None:  # two to three times as fast as through transformers
+            ids = (encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False))
+        else:
+            options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+            ids = iter(self.tokenizer(texts, **options)["input_ids"])
+        for ids_N in ids:
+            tokens_N = np.array([self.separator, *ids_N], dtype=self.dtype)
+            kept_N = tokens_N != self.separator
+            kept_N[0] = True
+            self.dropped += len(kept_N) - int(kept_N.sum())
+            yield tokens_N[kept_N]
+
+
+def _build(
+    folder: Path, config: CorpusConfig, source: Source, tokenizer: Any, separator: int, progress: bool
+) -> dict[str, Any]:
+    """Write the arrays of all sides; returns what `corpus.json` says about them."""
+    encoder = Encoder(tokenizer, separator)
+    tokens = {side: GrowingArray(folder / f"{side}.npy", encoder.dtype) for side in SIDES}
+    starts = {side: GrowingArray(folder / f"{side}.starts.npy", np.int64) for side in SIDES}
+    measures = {side: GrowingArray(folder / f"{side}.documents.npy", np.int64, 2) for side in SIDES}
     for texts in source.batches(progress=progress):
-        encoded = tokenizer(  # verbose would warn of texts longer than the teacher's context
-            texts,
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        for text, ids in zip(texts, encoded["input_ids"], strict=True):
+        for text, tokens_N in zip(texts, encoder.encode(texts), strict=True):
             side = side_of(text, config)
-            kept_N = np.array([separator, *(token for token in ids if token != separator)])
-            dropped += 1 + len(ids) - len(kept_N)
-            tokens[side].append(kept_N)
-            measures[side].append(np.array([[len(kept_N), len(text.encode()), len(text.split())]]))
+            starts[side].append(np.array([tokens[side].length]))
+            tokens[side].append(tokens_N)
+            measures[side].append(np.array([[len(text.encode()), len(text.split())]]))
     for side in SIDES:
+        starts[side].append(np.array([tokens[side].length]))
         tokens[side].append(np.array([separator]))
-        tokens[side].close()
-        measures[side].close()
+        for array in (tokens[side], starts[side], measures[side]):
+            array.close()
     splits = {side: {"documents": measures[side].length, "tokens": tokens[side].length} for side in SIDES}
     if source.found == 0:
         raise UserError(f"corpus.source: {config.source}: no text, only {source.skipped} blank documents")
-    if dropped:
-        logger.warning("corpus.separator: %d of these tokens inside documents were dropped", dropped)
+    if encoder.dropped:
+        logger.warning("corpus.separator: %d of these tokens inside documents were dropped", encoder.dropped)
     logger.info("%s: %d documents, %d blank ones skipped", config.source, source.found, source.skipped)
-    return {"splits": splits, "skipped": source.skipped, "separators_dropped": dropped}
+    return {"splits": splits, "skipped": source.skipped, "separators_dropped": encoder.dropped}
 
 
 def _install(partial: Path, folder: Path) -> None:
@@ -232,14 +266,15 @@ def _read(folder: Path) -> Corpus | None:
 
 
 def _read_split(folder: Path, side: str, counts: dict[str, int]) -> Split:
-    tokens_N = np.load(folder / f"{side}.npy", mmap_mode="r", allow_pickle=False)
-    measures_n3 = np.load(folder / f"{side}.documents.npy", allow_pickle=False)
-    starts = np.concatenate(([0], np.cumsum(measures_n3[:, 0])))
-    found = {"documents": len(measures_n3), "tokens": len(tokens_N)}
+    tokens_N, starts, measures_n2 = (
+        np.load(folder / f"{side}{part}.npy", mmap_mode="r", allow_pickle=False)
+        for part in ("", ".starts", ".documents")
+    )
+    found = {"documents": len(measures_n2), "tokens": len(tokens_N)}
     surplus = (folder / f"{side}.npy").stat().st_size - tokens_N.offset - tokens_N.nbytes
-    if found != counts or starts[-1] != len(tokens_N) - 1 or surplus:
+    if found != counts or len(starts) != len(measures_n2) + 1 or starts[-1] != len(tokens_N) - 1 or surplus:
         raise ValueError(f"{side}: expected {counts}, found {found} and {surplus} more bytes")
-    return Split(tokens_N, starts, utf8_bytes=measures_n3[:, 1], words=measures_n3[:, 2])
+    return Split(tokens_N, starts, utf8_bytes=measures_n2[:, 0], words=measures_n2[:, 1])
 
 
 def _check_usable(corpus: Corpus, config: CorpusConfig) -> None:
@@ -282,27 +317,35 @@ class Blocks:
 
     Windows that reach beyond the stream's first token are filled up with separators, a document of their
     own. Without resets that is the only place where positions restart.
+
+    A split may be a piece of a longer stream: `origin` is the position of its first token, and `starts` are
+    positions in the whole stream. Blocks keep the numbers that they have there.
     """
 
-    def __init__(self, split: Split, block_length: int, context: int, reset_at_documents: bool) -> None:
+    def __init__(
+        self, split: Split, block_length: int, context: int, reset_at_documents: bool, origin: int = 0
+    ) -> None:
         self.split, self.tokens, self.block_length, self.context = split, split.tokens, block_length, context
-        self.reset_at_documents = reset_at_documents
+        self.reset_at_documents, self.origin = reset_at_documents, origin
         self.starts = split.starts if reset_at_documents else np.zeros(1, dtype=np.int64)
-        self.count = (len(self.tokens) - 1) // block_length
+        self.count = (origin + len(self.tokens) - 1) // block_length
+        self.reads = 0
 
     def __len__(self) -> int:
         return self.count
 
     def first(self, count: int) -> Blocks:
-        """The same blocks without those after the first `count`."""
+        """The same blocks without those after the first `count`; these blocks themselves if there are no more."""
+        if count >= self.count:
+            return self
         fewer = copy.copy(self)
-        fewer.count = min(count, self.count)
+        fewer.count = count
         return fewer
 
     def labels(self, block_ids: np.ndarray) -> torch.Tensor:
         """The labels (B, T) of these blocks alone."""
         at_BT = np.asarray(block_ids)[:, None] * self.block_length + np.arange(1, self.block_length + 1)
-        return torch.from_numpy(self.tokens[at_BT].astype(np.int64))
+        return torch.from_numpy(self.tokens[at_BT - self.origin].astype(np.int64))
 
     def batch(self, block_ids: np.ndarray) -> BlockBatch:
         """The blocks with these numbers, in this order."""
@@ -311,11 +354,15 @@ class Blocks:
         # X = W + 1: positions in the stream of the window's tokens and of the last label.
         at_BX = block_ids_B[:, None] * self.block_length + np.arange(-self.context, self.block_length + 1)
         inside_BX = np.maximum(at_BX, 0)  # token 0, a separator, fills up
-        tokens_BX = torch.from_numpy(self.tokens[inside_BX].astype(np.int64))
+        assert inside_BX.min() >= self.origin, "before the piece at hand"
+        tokens_BX = torch.from_numpy(self.tokens[inside_BX - self.origin].astype(np.int64))
         began_BX = self.starts[np.searchsorted(self.starts, inside_BX, side="right") - 1]
         first_B1 = at_BX[:, :1]
         positions_BX = at_BX - np.where(at_BX < 0, first_B1, np.maximum(began_BX, first_B1))
         reset_BX = (began_BX == at_BX) & self.reset_at_documents
+        self.reads += 1
+        if self.reads % FORGET_EVERY == 0:
+            self.split.forget()
         return BlockBatch(
             block_ids_B=torch.from_numpy(block_ids_B),
             inputs_BT=tokens_BX[:, self.context : -1],

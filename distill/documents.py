@@ -8,6 +8,10 @@
     package:D/PATH       such a file or folder inside the installed distribution D
     user/name            a data set on the hub
 
+`open_documents` reads them once from the start; with `corpus.streaming` only the first `corpus.sample_documents`.
+`TextStream` reads on from any position, which is plain JSON: file and row, or the state of a hub data set as
+`datasets` writes it down.
+
 Local files are read by hand rather than through `datasets`: its JSON reader refuses records whose fields
 vary, takes a `[` in a file's name for a pattern, and leaves a second copy of the text in a cache of its own.
 """
@@ -31,6 +35,7 @@ from distill.packaged import PREFIX, resolve_package
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1000, 4_000_000  # tokenised at once, whichever is reached first
+END_BYTES = 2**16  # of each end of a file, which stand for all of it in a stream's digest
 
 Raw = Iterator[tuple[object, float]]
 """(value of a text field, share of the source read so far, 0 where unknown)"""
@@ -65,21 +70,27 @@ class Source:
         """The texts in lists, bounded in number and in length, under a progress bar."""
         speed = TextColumn("{task.fields[found]:,} documents, {task.fields[speed]:,.0f}/s")
         columns = (*Progress.get_default_columns(), speed)
-        batch: list[str] = []
-        characters = 0
         with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
             task = bar.add_task("tokenising", total=1.0, found=0, speed=0.0)
-            for text in self:
-                batch.append(text)
-                characters += len(text)
-                if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
-                    yield batch
-                    batch, characters = [], 0
-                    per_second = self.found / max(bar.tasks[task].elapsed or 0.0, 1e-3)
-                    bar.update(task, completed=self.share, found=self.found, speed=per_second)
-            if batch:
+            for batch in in_batches(self):
                 yield batch
+                per_second = self.found / max(bar.tasks[task].elapsed or 0.0, 1e-3)
+                bar.update(task, completed=self.share, found=self.found, speed=per_second)
             bar.update(task, completed=1.0, found=self.found)
+
+
+def in_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Texts in lists, bounded in number and in length."""
+    batch: list[str] = []
+    characters = 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def open_documents(config: CorpusConfig, *, progress: bool = True) -> Source:
@@ -87,17 +98,100 @@ def open_documents(config: CorpusConfig, *, progress: bool = True) -> Source:
 
     Raises UserError where the source does not exist or cannot be read, here or during the iteration.
     """
+    limit = config.max_documents
+    if config.streaming:
+        limit = min(config.sample_documents, limit or config.sample_documents)
+    files = _local_files(config)
+    if files is None:
+        rows, digest = _hub_rows(config, progress)
+        return Source(digest, _hub_documents(rows, config), limit)
+    return Source(_digest(files, config.streaming), _local_documents(files, config), limit)
+
+
+class TextStream:
+    """The texts of `corpus.source` from the start or any other position, at most `max_documents`."""
+
+    def __init__(self, config: CorpusConfig) -> None:
+        """Raises UserError as `open_documents` does."""
+        self.config = config
+        files = _local_files(config)
+        self.rows = _HubRows(config) if files is None else _FileRows(files, config)
+        self.start = {"found": 0, **self.rows.position()}
+        self.seek(self.start)
+
+    def seek(self, position: dict[str, Any]) -> None:
+        """Go to where `position()` was taken."""
+        self.rows.seek({name: value for name, value in position.items() if name != "found"})
+        raw = ((value, 0.0) for value in self.rows)
+        self.source = Source("", raw, self.config.max_documents, found=position["found"])
+        self.texts = iter(self.source)
+
+    def position(self) -> dict[str, Any]:
+        """Where the next text is read from; plain JSON."""
+        return {"found": self.source.found, **self.rows.position()}
+
+    def take(self, count: int) -> Iterator[str]:
+        """The next texts, fewer at the end."""
+        if self.source.found == self.config.max_documents:
+            return iter(())
+        return itertools.islice(self.texts, count)
+
+
+class _FileRows:
+    """Rows of local files."""
+
+    def __init__(self, files: list[Path], config: CorpusConfig) -> None:
+        for file in files:
+            if file.suffix == ".json":
+                raise UserError(f"corpus.streaming: {file}: a .json file is read as a whole; use .jsonl or .parquet")
+        self.files, self.config = files, config
+        self.file, self.row = 0, 0
+
+    def position(self) -> dict[str, int]:
+        return {"file": self.file, "row": self.row}
+
+    def seek(self, position: dict[str, int]) -> None:
+        self.file, self.row = position["file"], position["row"]
+
+    def __iter__(self) -> Iterator[object]:
+        while self.file < len(self.files):
+            for value, _ in _readable(self.files[self.file], self.config, self.row):
+                self.row += 1
+                yield value
+            self.file, self.row = self.file + 1, 0
+
+
+class _HubRows:
+    """Rows of a data set that `datasets` streams."""
+
+    def __init__(self, config: CorpusConfig) -> None:
+        self.rows, _ = _hub_rows(config, progress=False)
+        self.config = config
+        self.state = self.start = self.rows.state_dict()
+
+    def position(self) -> dict[str, Any]:
+        return {"state": self.state if self.state is not None else self.rows.state_dict()}
+
+    def seek(self, position: dict[str, Any]) -> None:
+        self.state = position["state"]
+        self.rows.load_state_dict(self.state)
+
+    def __iter__(self) -> Iterator[object]:
+        for value, _ in _hub_documents(self.rows, self.config, first=self.state == self.start):
+            self.state = None  # the data set counts only once it is read
+            yield value
+
+
+def _local_files(config: CorpusConfig) -> list[Path] | None:
+    """The files that `corpus.source` names; None for a data set on the hub."""
     is_package = config.source.startswith(PREFIX)
     path = resolve_package(config.source) if is_package else Path(config.source).expanduser()
-    looks_local = path.is_absolute() or path.suffix in SUFFIXES or len(path.parts) > 2
     if path.exists():
-        files = _files(path)
-        digest, raw = _digest(files), _local_documents(files, config)
-    elif looks_local or config.source.startswith((".", "~")):
+        return _files(path)
+    looks_local = path.is_absolute() or path.suffix in SUFFIXES or len(path.parts) > 2
+    if looks_local or config.source.startswith((".", "~")):
         raise UserError(f"corpus.source: {config.source}: no such file or folder (working in {Path.cwd()})")
-    else:
-        digest, raw = _hub_documents(config, progress)
-    return Source(digest, raw, config.max_documents)
+    return None
 
 
 def _files(path: Path) -> list[Path]:
@@ -110,13 +204,23 @@ def _files(path: Path) -> list[Path]:
     return files
 
 
-def _digest(files: list[Path]) -> str:
-    """Of contents and formats, not of names: a text that was moved is the same text."""
-    parts = []
+def _digest(files: list[Path], ends_alone: bool) -> str:
+    """Of contents and formats, not of names: a text that was moved is the same text.
+
+    `ends_alone`: of size, first and last `END_BYTES` of each file, where reading all of them would take hours.
+    """
+    parts: list[tuple[object, ...]] = []
     for file in files:
         try:
             with file.open("rb") as stream:
-                parts.append((file.suffix, hashlib.file_digest(stream, "sha256").hexdigest()))
+                if ends_alone:
+                    ends = hashlib.sha256(stream.read(END_BYTES))
+                    size = stream.seek(0, io.SEEK_END)
+                    stream.seek(max(size - END_BYTES, 0))
+                    ends.update(stream.read())
+                    parts.append((file.suffix, size, ends.hexdigest()))
+                else:
+                    parts.append((file.suffix, hashlib.file_digest(stream, "sha256").hexdigest()))
         except OSError as error:
             raise UserError(f"corpus.source: {file}: cannot be read: {error}") from error
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -125,36 +229,44 @@ def _digest(files: list[Path]) -> str:
 def _local_documents(files: list[Path], config: CorpusConfig) -> Raw:
     sizes = [max(file.stat().st_size, 1) for file in files]
     for file, size, end in zip(files, sizes, itertools.accumulate(sizes), strict=True):
-        try:
-            for text, share in _file_documents(file, config):
-                yield text, (end - size + share * size) / sum(sizes)
-        except (OSError, ValueError) as error:  # wrong UTF-8, wrong JSON and wrong Parquet are ValueErrors
-            raise UserError(f"corpus.source: {file}: cannot be read as {file.suffix}: {error}") from error
+        for text, share in _readable(file, config):
+            yield text, (end - size + share * size) / sum(sizes)
 
 
-def _file_documents(file: Path, config: CorpusConfig) -> Raw:
-    """As `Raw`, the share being that of this file."""
+def _readable(file: Path, config: CorpusConfig, skip: int = 0) -> Raw:
+    try:
+        yield from _file_documents(file, config, skip)
+    except (OSError, ValueError) as error:  # wrong UTF-8, wrong JSON and wrong Parquet are ValueErrors
+        raise UserError(f"corpus.source: {file}: cannot be read as {file.suffix}: {error}") from error
+
+
+def _file_documents(file: Path, config: CorpusConfig, skip: int) -> Raw:
+    """As `Raw`, the share being that of this file, without the first `skip` values."""
     if file.suffix == ".json":
         records = json.loads(file.read_text(encoding="utf-8-sig"))
         records = list(records.values()) if isinstance(records, dict) else records
         if not isinstance(records, list):
             found = type(records).__name__
             raise UserError(f"corpus.source: {file}: expected a list or mapping of records, found {found}")
-        for done, text in enumerate(_column(records, config.text_field, file), start=1):
+        values = _column(records, config.text_field, file)
+        for done, text in enumerate(itertools.islice(values, skip, None), start=skip + 1):
             yield text, done / len(records)
     elif file.suffix == ".parquet":
         import pyarrow.parquet  # slow to import; comes with `datasets`
 
         with pyarrow.parquet.ParquetFile(file) as table:
             _require(config.text_field, table.schema_arrow.names, file)
-            batches = table.iter_batches(batch_size=1000, columns=[config.text_field])
+            ends = itertools.accumulate(table.metadata.row_group(n).num_rows for n in range(table.num_row_groups))
+            groups = [(n, end) for n, end in enumerate(ends) if end > skip]
+            passed = groups[0][1] - table.metadata.row_group(groups[0][0]).num_rows if groups else skip
+            batches = table.iter_batches(1000, row_groups=[n for n, _ in groups], columns=[config.text_field])
             rows = itertools.chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-            for done, text in enumerate(rows, start=1):
+            for done, text in enumerate(itertools.islice(rows, skip - passed, None), start=skip + 1):
                 yield text, done / table.metadata.num_rows
     else:
         size = max(file.stat().st_size, 1)
         with file.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as lines:
-            for text in _texts(lines, config, file):
+            for text in itertools.islice(_texts(lines, config, file), skip, None):
                 yield text, raw.tell() / size
 
 
@@ -172,7 +284,8 @@ def _texts(lines: io.TextIOWrapper, config: CorpusConfig, file: Path) -> Iterato
                 yield "".join(paragraph).rstrip("\n")
 
 
-def _hub_documents(config: CorpusConfig, progress: bool) -> tuple[str, Raw]:
+def _hub_rows(config: CorpusConfig, progress: bool) -> tuple[Any, str]:
+    """A data set on the hub and its digest."""
     import datasets  # slow to import
     import huggingface_hub
 
@@ -200,26 +313,26 @@ def _hub_documents(config: CorpusConfig, progress: bool) -> tuple[str, Raw]:
     finally:
         if silence:
             datasets.enable_progress_bars()
-    total = None if config.streaming else len(rows)
     if config.text_field in (rows.column_names or ()):
         rows = rows.select_columns([config.text_field])  # the others may be images, costly to decode
-
-    def documents() -> Raw:
-        try:
-            for done, text in enumerate(_column(rows, config.text_field, config.source), start=1):
-                yield text, done / total if total else 0.0
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"corpus.source: {config.source}: reading failed: {error}") from error
-
-    return digest, documents()
+    return rows, digest
 
 
-def _column(records: Iterable[Any], field: str, where: object) -> Iterator[object]:
-    """One field of each record. The first record must have it; None where a later one has not."""
+def _hub_documents(rows: Any, config: CorpusConfig, first: bool = True) -> Raw:
+    total = None if config.streaming else len(rows)
+    try:
+        for done, text in enumerate(_column(rows, config.text_field, config.source, first), start=1):
+            yield text, done / total if total else 0.0
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"corpus.source: {config.source}: reading failed: {error}") from error
+
+
+def _column(records: Iterable[Any], field: str, where: object, first: bool = True) -> Iterator[object]:
+    """One field of each record. The `first` of all must have it; None where a later one has not."""
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
             raise UserError(f"corpus.source: {where}: expected records with named fields, found {record!r:.30}")
-        if number == 1:
+        if number == 1 and first:
             _require(field, list(record), where)
         yield record.get(field)
 

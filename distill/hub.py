@@ -225,6 +225,7 @@ def write_card(
         f'teacher = AutoModelForCausalLM.from_pretrained("{recipe.teacher.model}")\n'
         "teacher.generate(**inputs, assistant_model=model)  # the teacher's own text, sooner\n```"
     )
+    streamed = " of its beginning, the rest being streamed" if recipe.corpus.streaming else ""
     paragraphs = [
         f"---\n{card_data(recipe, result, license_id).to_yaml()}\n---",
         f"# {recipe.run.name}: an LSTM distilled from {recipe.teacher.model}",
@@ -245,8 +246,8 @@ def write_card(
         "## Where it comes from",
         f"- Teacher: {recipe.teacher.model}, licence {license_id or 'not stated'}, which this student carries.\n"
         f"- Text: {recipe.corpus.source}, {result['corpus']['train_tokens']:,} tokens in "
-        f"{result['corpus']['train_documents']:,} training documents (fingerprint {result['corpus']['fingerprint']}); "
-        "see there for its licence.\n"
+        f"{result['corpus']['train_documents']:,} training documents{streamed} "
+        f"(fingerprint {result['corpus']['fingerprint']}); see there for its licence.\n"
         f"- Soft targets: {_sentence(result['targets'])}.\n"
         f"- Software: {_sentence(result['versions'])}.",
         "## Limits",

@@ -14,8 +14,9 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,11 @@ from distill.progress import Progress
 from distill.recipe import dump_recipe
 from distill.result import compare, plot_curves, print_result, table_rows, versions
 from distill.samples import continuations, decode_speed
+from distill.sharding import requested_engine
+from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
 from distill.targets import CachedTargets, LiveTargets, Targets, cached_blocks, make_encoding, open_targets
-from distill.teacher import LanguageModel, hardware_has_bf16, load_teacher, wrap
+from distill.teacher import LanguageModel, hardware_has_bf16, load_teacher, resolve_model, wrap
 from distill.tracking import Tracker
 from distill.train import Training, micro_batch_size
 from distill.transplant import build_student
@@ -52,6 +55,7 @@ FREE_FIELDS = {
     "tracking": None,
     "publishing": None,
 }
+SHARED_FOLDER_SECONDS = 20.0  # a network file system may show another machine's files late
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -106,8 +110,9 @@ class _Job:
                 transplant=recipe.student.transplant,
             )
             training = Training(
-                "student", stages=recipe.stages, student=network, blocks=parts.blocks, targets=targets, **shared,
-                blocks_with_targets=parts.cached_blocks, transplant=recipe.student.transplant,
+                "student", stages=recipe.stages, student=network, blocks=parts.text, targets=targets, **shared,
+                blocks_with_targets=parts.cached_blocks if recipe.targets.cache else None,
+                transplant=recipe.student.transplant,
             )  # fmt: skip
             progress = training.run()
         curves = {"student": progress.points}
@@ -118,7 +123,7 @@ class _Job:
                     recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=False
                 )
                 control = Training(
-                    "control", stages=(control_stage(recipe, progress),), student=network, blocks=parts.blocks,
+                    "control", stages=(control_stage(recipe, progress),), student=network, blocks=parts.text,
                     validate_at_tokens=progress.now.tokens, **shared,
                 )  # fmt: skip
                 control_progress = control.run()
@@ -159,14 +164,16 @@ class _Job:
         result["processes"] = self.accelerator.num_processes
         result["corpus"] = {
             "fingerprint": corpus.fingerprint,
+            "streaming": recipe.corpus.streaming,  # then the figures are those of the sample
             "train_tokens": len(corpus.train.tokens),
             "train_documents": len(corpus.train),
             "validation_documents": len(validator.documents.tokens),
         }
         result["curves"] = curves
+        # The others have nothing left to do: none waits until everything is written, and perhaps published.
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self._write(result, students, teacher)
-        self.accelerator.wait_for_everyone()
         return result
 
     def _write(self, result: dict[str, Any], students: dict[str, LSTMForCausalLM], teacher: LanguageModel) -> None:
@@ -190,11 +197,13 @@ class _Job:
 
             publish(self.recipe, result)
 
-    def _size_and_speed(self, model: LanguageModel, separator_id: int) -> dict[str, float | int]:
+    def _size_and_speed(self, model: LanguageModel, separator_id: int) -> dict[str, float | int | None]:
+        """Shards decode as fast as the network between them: no speed of the model."""
+        seconds = self.recipe.evaluation.decode_seconds
         return {
             "parameters": model.parameters,
             "weight_bytes": model.weight_bytes,
-            "decode_tokens_per_second": decode_speed(model, separator_id, self.recipe.evaluation.decode_seconds),
+            "decode_tokens_per_second": None if model.lockstep else decode_speed(model, separator_id, seconds),
         }
 
     def _samples(self, model: LanguageModel, separator_id: int) -> list[dict[str, str]]:
@@ -213,7 +222,11 @@ class TeacherAndText:
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
         self.recipe, self.accelerator = recipe, accelerator
-        with accelerator.main_process_first():
+        sharded = requested_engine() is not None  # then loading is collective, and only converting a file is not
+        if sharded:
+            with accelerator.main_process_first():
+                resolve_model(recipe.teacher.model, "teacher")
+        with nullcontext() if sharded else accelerator.main_process_first():
             self.teacher = load_teacher(recipe.teacher, accelerator.device)
             self.teacher.check_window(
                 recipe.teacher.context + recipe.corpus.block_length, packed=recipe.corpus.reset_at_documents
@@ -233,6 +246,22 @@ class TeacherAndText:
             self.corpus.train, recipe.corpus.block_length, recipe.teacher.context, recipe.corpus.reset_at_documents
         )
         self.cached_blocks = cached_blocks(self.blocks, recipe.targets.max_tokens)
+
+    @cached_property
+    def text(self) -> Blocks | BlockStream:
+        """What is trained on: the blocks, or the stream that begins with them."""
+        recipe = self.recipe
+        if not recipe.corpus.streaming:
+            return self.blocks
+        return BlockStream(
+            recipe.corpus,
+            self.teacher.tokenizer,
+            self.corpus,
+            self.blocks,
+            lanes=recipe.run.batch_size,
+            seed=recipe.run.seed,
+            accelerator=self.accelerator,
+        )
 
     def _corpus(self) -> Corpus:
         return load_corpus(self.recipe.corpus, self.teacher.tokenizer, progress=self.accelerator.is_main_process)
@@ -254,7 +283,7 @@ class TeacherAndText:
         """From the cache or the live teacher, as the recipe says."""
         return self.cached_targets() if self.recipe.targets.cache else LiveTargets(self.teacher, self.encoding)
 
-    def cached_targets(self) -> CachedTargets:
+    def cached_targets(self, verify: bool = False) -> CachedTargets:
         """The recipe's cache, built as far as it is missing."""
         return open_targets(
             self.recipe.targets,
@@ -265,6 +294,7 @@ class TeacherAndText:
             batch_tokens=self.recipe.evaluation.batch_tokens,
             cache_dir=self.recipe.corpus.cache_dir,
             endpoint=self.recipe.endpoint,
+            verify=verify,
         )
 
 
@@ -274,6 +304,11 @@ class Validator:
     def __init__(self, recipe: Recipe, corpus: Corpus, teacher: LanguageModel, accelerator: Accelerator) -> None:
         self.evaluation, self.accelerator, self.tokenizer = recipe.evaluation, accelerator, teacher.tokenizer
         self.documents = select_documents(corpus.validation, recipe.evaluation.max_tokens)
+        if len(self.documents.tokens) < accelerator.num_processes:
+            raise UserError(
+                f"evaluation.max_tokens: {recipe.evaluation.max_tokens} leave {len(self.documents.tokens)} validation "
+                f"documents for {accelerator.num_processes} processes; expected one for each"
+            )
         self.share = self._share_of(self.documents)
         self.reference = self._read(teacher, self.share)
         self.teacher_score = self._over_all(score_reference(self.reference, self.share))
@@ -303,12 +338,13 @@ class Validator:
         return self._over_all(score_reference(self._read(teacher, share), share))
 
     def _share_of(self, documents: Documents) -> Documents:
-        return _every(documents, self.accelerator.process_index, self.accelerator.num_processes)
+        return _share(documents, self.accelerator.process_index, self.accelerator.num_processes)
 
     def _read(self, teacher: LanguageModel, share: Documents) -> Reference:
         window, context = reading_window(teacher, self.evaluation)
         batch_tokens = self.evaluation.batch_tokens
-        return build_reference(teacher, share, window=window, context=context, batch_tokens=batch_tokens)
+        with teacher.together():
+            return build_reference(teacher, share, window=window, context=context, batch_tokens=batch_tokens)
 
     def _over_all(self, local: Score) -> Score:
         """Sums over processes."""
@@ -347,8 +383,17 @@ def _documents(split: Split, chosen: Sequence[int]) -> Documents:
     return Documents([split.document(n) for n in numbers], split.utf8_bytes[numbers], split.words[numbers])
 
 
-def _every(documents: Documents, first: int, step: int) -> Documents:
-    return Documents(documents.tokens[first::step], documents.utf8_bytes[first::step], documents.words[first::step])
+def _share(documents: Documents, process: int, processes: int) -> Documents:
+    """About as many tokens for each process, so that none waits for another: the longest first, to who has least."""
+    sizes = [len(tokens) for tokens in documents.tokens]
+    load, mine = [0] * processes, []
+    for number in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+        least = load.index(min(load))
+        load[least] += sizes[number]
+        if least == process:
+            mine.append(number)
+    mine.sort()
+    return Documents([documents.tokens[n] for n in mine], documents.utf8_bytes[mine], documents.words[mine])
 
 
 def control_stage(recipe: Recipe, student: Progress) -> StageConfig:
@@ -373,6 +418,8 @@ def control_stage(recipe: Recipe, student: Progress) -> StageConfig:
 def start_accelerator(recipe: Recipe) -> Accelerator:
     torch.set_flush_denormal(True)  # saturated LSTM gates make denormals, which are slow on CPUs
     _keep_freed_memory()
+    requested_engine()  # first: what accelerate's launcher asks for is the teacher's, not the student's
+    _meet_after_restart()
     log_with = "wandb" if recipe.tracking.tracker == "wandb" else None
     precision = recipe.run.precision
     if precision == "auto":
@@ -399,6 +446,22 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
     transformers.utils.logging.disable_progress_bar()  # it would draw one for every checkpoint; downloads keep theirs
     micro_batch_size(recipe, accelerator.num_processes)
     return accelerator
+
+
+def _meet_after_restart() -> None:
+    """Where torchrun has started this process anew, form the process group under keys of this attempt.
+
+    With a static rendezvous, accelerate's default, torchrun keeps one store for all attempts (torch 2.13): processes
+    would find the addresses of those that died, and wait for them.
+    """
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if attempt == "0":
+        return
+    store, rank, world_size = next(torch.distributed.rendezvous("env://"))
+    own = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group(store=own, rank=rank, world_size=world_size)  # accelerate takes it over
 
 
 def _keep_freed_memory() -> None:
@@ -437,6 +500,15 @@ def _claim_folder(recipe: Recipe, accelerator: Accelerator) -> None:
         else:
             write_atomically(file, lambda path: path.write_text(dump_recipe(recipe), encoding="utf-8"))
     accelerator.wait_for_everyone()
+    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
+    while not file.is_file():
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"run folder {folder.resolve()}: not what the main process sees on {platform.node()}; several machines "
+                "need a common file system for run.output_dir and caches",
+                every_process=True,
+            )
+        time.sleep(0.2)
 
 
 def _differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:

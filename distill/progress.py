@@ -49,6 +49,8 @@ class Progress:
     best_step: int = 0
     stale: int = 0  # validations of this stage in a row that brought nothing
     done: bool = False
+    stored_steps: int = 0  # of finished stages that read stored blocks while others read a stream
+    stream: dict[str, Any] | None = None  # where the stream's window begins
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> Progress:

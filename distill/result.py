@@ -80,6 +80,7 @@ def table_rows(result: dict[str, Any]) -> list[dict[str, str]]:
             continue
         figures = result[name]
         agreement, kl = figures.get("top1_agreement"), figures.get("kl_to_teacher_nats")
+        speed = figures["decode_tokens_per_second"]
         rows.append(
             {
                 "model": name,
@@ -90,7 +91,7 @@ def table_rows(result: dict[str, Any]) -> list[dict[str, str]]:
                 "top-1": "–" if agreement is None else f"{agreement:.3f}",
                 "params": f"{figures['parameters'] / 1e6:.1f} M",
                 "MiB": f"{figures['weight_bytes'] / 2**20:.0f}",
-                "tok/s": f"{figures['decode_tokens_per_second']:.0f}",
+                "tok/s": "–" if speed is None else f"{speed:.0f}",
             }
         )
     return rows

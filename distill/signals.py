@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 ENCODING_ROWS = 128  # tokens whose logits exist at one time while a sparse signal is made
+CACHE_ROWS = 16  # of these, tokens whose probabilities are worked on at one time on a CPU: 3 MiB at V = 49,152
+LANES = 64  # outcomes v, v + G, v + 2 G ... are group v of G = V / LANES, so that sums over groups run along memory
 
 
 @dataclass(frozen=True)
@@ -136,17 +138,18 @@ class Encoding:
             return DenseSignal(head.logits(hidden_Nd))
         block_length = len(hidden_Nd) // len(block_ids)
         offsets_N = torch.cat([self._offsets(block, block_length) for block in block_ids]).to(hidden_Nd.device)
+        size = CACHE_ROWS if hidden_Nd.device.type == "cpu" else ENCODING_ROWS
         parts = []
-        for start in range(0, len(hidden_Nd), ENCODING_ROWS):
-            rows = slice(start, start + ENCODING_ROWS)
-            logits_NV = head.logits(hidden_Nd[rows])
-            if self.temperature != 1:
-                logits_NV = logits_NV / self.temperature
-            parts.append(
-                top_k(logits_NV, self.outcomes, self.temperature)
-                if self.kind == "top_k"
-                else sample(logits_NV, self.outcomes, self.temperature, offsets_N[rows])
-            )
+        for chunk_Nd, chunk_N in zip(hidden_Nd.split(ENCODING_ROWS), offsets_N.split(ENCODING_ROWS), strict=True):
+            for product_NV, rows_N in zip(head.product(chunk_Nd).split(size), chunk_N.split(size), strict=True):
+                logits_NV = head.finish(product_NV)
+                if self.temperature != 1:
+                    logits_NV = logits_NV / self.temperature
+                parts.append(
+                    top_k(logits_NV, self.outcomes, self.temperature)
+                    if self.kind == "top_k"
+                    else sample(logits_NV, self.outcomes, self.temperature, rows_N)
+                )
         return concatenate(parts)
 
     def _offsets(self, block: int, block_length: int) -> Tensor:
@@ -156,8 +159,9 @@ class Encoding:
 
 def top_k(logits_NV: Tensor, k: int, temperature: float) -> SparseSignal:
     """The k most probable outcomes and the mass of the others, from logits already divided by `temperature`."""
-    top_NK, ids_NK = logits_NV.topk(k, dim=-1)
-    probs_NK = (top_NK - logits_NV.logsumexp(-1, keepdim=True)).exp()
+    top_NK, ids_NK = largest(logits_NV, k)
+    total_N1 = (logits_NV - top_NK[:, :1]).exp_().sum(-1, keepdim=True)
+    probs_NK = (top_NK - top_NK[:, :1]).exp_() / total_N1
     return SparseSignal(ids_NK, probs_NK, temperature, tail_N=(1 - probs_NK.sum(-1)).clamp_min(0))
 
 
@@ -170,12 +174,13 @@ def sample(logits_NV: Tensor, k: int, temperature: float, offsets_N: Tensor) -> 
     uniform, so weights sum to 1 and no sample has more than k outcomes. For a given k no other chances give these
     estimates less variance.
     """
-    highest_N1, k = logits_NV.amax(-1, keepdim=True), min(k, logits_NV.shape[-1])
+    k = min(k, logits_NV.shape[-1])
+    highest_N1 = logits_NV.amax(-1, keepdim=True)
     mass_NV = (logits_NV - highest_N1).exp_()
     total_N1 = mass_NV.sum(-1, keepdim=True)
     mean_logit_N = torch.linalg.vecdot(mass_NV, logits_NV) / total_N1[:, 0]
     entropy_N = (highest_N1 + total_N1.log())[:, 0] - mean_logit_N
-    top_NK, ids_NK = mass_NV.topk(k, dim=-1)
+    top_NK, ids_NK = largest(mass_NV, k)
     # With m certain outcomes, the others get k - m draws of s = rest / (k - m) each. Take m as small as leaves every
     # other outcome at most one draw: the mass of the next one <= s.
     order_K = torch.arange(k, device=logits_NV.device)
@@ -185,16 +190,49 @@ def sample(logits_NV: Tensor, k: int, temperature: float, offsets_N: Tensor) -> 
     certain_N1 = enough_NK.int().argmax(-1, keepdim=True)
     is_certain_NK = order_K < certain_N1
     mass_NV.scatter_(1, ids_NK, top_NK.masked_fill(is_certain_NK, 0.0))
-    cumulated_NV = mass_NV.cumsum(-1)
-    spacing_N1 = cumulated_NV[:, -1:] / (k - certain_N1)
-    points_NK = (order_K - certain_N1 + offsets_N[:, None]) * spacing_N1
-    drawn_NK = torch.searchsorted(cumulated_NV, points_NK.clamp_min(0), right=True).clamp_max(logits_NV.shape[-1] - 1)
+    # Points are found by group, then within it: order of outcomes is free, and a cumulated sum of all is slow.
+    mass_NLG = _grouped(mass_NV, 0.0)
+    groups_NG = mass_NLG.sum(1).cumsum_(-1)
+    spacing_N1 = groups_NG[:, -1:] / (k - certain_N1)
+    group_NK, rest_NK = _find((order_K - certain_N1 + offsets_N[:, None]) * spacing_N1, groups_NG)
+    members_NKL = mass_NLG.transpose(1, 2).take_along_dim(group_NK[..., None], 1)
+    place_NK1, _ = _find(rest_NK[..., None], members_NKL.cumsum_(-1))
+    drawn_NK = (place_NK1[..., 0] * groups_NG.shape[-1] + group_NK).clamp_max(logits_NV.shape[-1] - 1)
     return SparseSignal(
         ids_NK=torch.where(is_certain_NK, ids_NK, drawn_NK),
         probs_NK=torch.where(is_certain_NK, top_NK, spacing_N1) / total_N1,
         temperature=temperature,
         entropy_N=entropy_N,
     )
+
+
+def largest(values_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """As `values_NV.topk(k)`: they stand in the k groups with the largest maxima, so few are sorted."""
+    values_NLG = _grouped(values_NV, float("-inf"))
+    groups_NK = values_NLG.amax(1).topk(min(k, values_NLG.shape[-1]), dim=-1, sorted=False).indices
+    members_NLK = values_NLG.take_along_dim(groups_NK[:, None], 2)
+    top_NK, place_NK = members_NLK.flatten(1).topk(k, dim=-1)
+    lane_NK, group_NK = place_NK // groups_NK.shape[-1], place_NK % groups_NK.shape[-1]
+    return top_NK, lane_NK * values_NLG.shape[-1] + groups_NK.gather(1, group_NK)
+
+
+def _grouped(values_NV: Tensor, filler: float) -> Tensor:
+    """(N, LANES, G): group g of G in column g, filled up to a whole number of groups."""
+    missing = -values_NV.shape[-1] % LANES
+    if missing:
+        values_NV = torch.nn.functional.pad(values_NV, (0, missing), value=filler)
+    return values_NV.unflatten(-1, (LANES, -1))
+
+
+def _find(points: Tensor, cumulated: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each point in [0, last], the first place whose cumulated sum exceeds it, and what is left of the point there.
+
+    Rounding aside, a place is as likely as its mass; one without mass is found only if all are.
+    """
+    points = points.clamp_min(0).minimum(cumulated[..., -1:].nextafter(cumulated.new_zeros(())))
+    place = torch.searchsorted(cumulated, points, right=True).clamp_max(cumulated.shape[-1] - 1)
+    before = torch.nn.functional.pad(cumulated, (1, 0)).gather(-1, place)
+    return place, points - before
 
 
 def concatenate(parts: Sequence[SparseSignal]) -> SparseSignal:

@@ -6,11 +6,13 @@ A cache is a folder:
     data/train-00000.arrow      one row a block: its number and its targets (Arrow stream, as `datasets` writes)
     README.md                   a data set card, so that `datasets.load_dataset` reads the folder or its upload
     building/00000.json         record of a shard that is done, until the manifest has it
+    .checked.json               which shards need not be compared with their checksums again
 
 Rows are keyed by block, never by step or process, so order of reading, accumulation and number of processes cannot
 misalign targets and text. Shard s holds blocks s * S to (s + 1) * S - 1; each process builds shards of its own, under
 another name first, so that a shard is whole or missing whenever the machine stops. Opening a cache compares its
-identity with the run's, and every shard with its checksum; what is damaged or missing is built again, nothing else.
+identity with the run's, and every shard with its checksum, once (`distill/shards.py` has the rule); what is damaged
+or missing is built again, nothing else. A cache behind a URL is read only, and its shards are compared as they come.
 
 Columns, numbers per token: hidden int8 `hidden` d, `scale` 1 (the state is hidden * scale * the manifest's
 `dimension_scale`), or `hidden` d in fp16 or fp32; dense `logits` V; top_k `ids` K, `probs` K, `tail` 1; sampled
@@ -27,7 +29,6 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +46,7 @@ from distill.checkpoint import write_atomically, write_json
 from distill.config import EndpointConfig, TargetsConfig, UserError
 from distill.corpus import BlockBatch, Blocks, Corpus, cache_root, hash_tokenizer
 from distill.served import ServedTeacher
+from distill.shards import Checked, Columns, Remote, Shards, checksum, map_shard
 from distill.signals import DenseSignal, Encoding, Head, HiddenSignal, Signal, SparseSignal
 from distill.teacher import LanguageModel, hash_weights
 
@@ -122,15 +124,26 @@ class LiveTargets:
 
 
 class CachedTargets:
-    """Targets read from a folder, memory-mapped."""
+    """Targets read from a folder, memory-mapped, or from behind a URL."""
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], head: Head, seconds: float) -> None:
-        """`seconds`: wall time that building took."""
+    def __init__(self, folder: Path | str, manifest: dict[str, Any], head: Head, seconds: float, place: Path) -> None:
+        """`folder`: a URL if it is a string. `seconds`: wall time that building took. `place`: for fetched files."""
         self.folder, self.manifest, self.head, self.seconds = folder, manifest, head, seconds
         identity = manifest["identity"]
         self.encoding = Encoding(identity["encoding"], identity["outcomes"], identity["temperature"])
         self.layout = Layout(identity, manifest["dimension_scale"])
-        self._shard = cache(self._map)
+        names = tuple(self.layout.columns)
+        if isinstance(folder, Path):
+
+            def load(number: int) -> Columns:
+                return map_shard(folder / shard_file(number), names)
+        else:
+            remote = Remote(folder, place)
+
+            def load(number: int) -> Columns:
+                return remote.shard(shard_file(number), manifest["shards"][str(number)], names)
+
+        self.shards = Shards(load, map(int, manifest["shards"]), ahead=isinstance(folder, str))
 
     @property
     def bytes_per_token(self) -> float:
@@ -140,23 +153,13 @@ class CachedTargets:
         return sum(shard["bytes"] for shard in shards) / tokens
 
     def signal(self, batch: BlockBatch) -> Signal:
-        places = [divmod(int(block), self.manifest["blocks_per_shard"]) for block in batch.block_ids_B]
-        columns = {
-            name: torch.from_numpy(np.stack([self._shard(shard)[name][row] for shard, row in places]).reshape(-1, n))
-            for name, (_, n) in self.layout.columns.items()
-        }
+        size = self.manifest["blocks_per_shard"]
+        rows = self.shards.rows(divmod(int(block), size) for block in batch.block_ids_B)
         device = self.head.weight_Vd.device
-        return self.layout.unpack({name: column.to(device) for name, column in columns.items()}, self.head)
-
-    def _map(self, shard: int) -> dict[str, np.ndarray]:
-        with pa.memory_map(str(self.folder / shard_file(shard))) as file:
-            table = pa.ipc.open_stream(file).read_all()
-        arrays = {}
-        for name in self.layout.columns:
-            column: Any = table.column(name).combine_chunks()
-            values = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-            arrays[name] = values.flatten().to_numpy(zero_copy_only=True).reshape(table.num_rows, -1)
-        return arrays
+        columns = {
+            name: torch.from_numpy(rows[name].reshape(-1, n)).to(device) for name, (_, n) in self.layout.columns.items()
+        }
+        return self.layout.unpack(columns, self.head)
 
 
 class Layout:
@@ -254,12 +257,14 @@ def open_targets(
     batch_tokens: int,
     cache_dir: Path | None = None,
     endpoint: EndpointConfig | None = None,
+    verify: bool = False,
 ) -> CachedTargets:
     """The recipe's cache, complete: validated, and built by all processes as far as it is missing or damaged.
 
     Collective. `batch_tokens`: tokens that the teacher reads at once. `cache_dir`: root of caches without a
-    `targets.cache_dir`. `endpoint`: the server that is asked in the teacher's place. UserError names what does not
-    match, with both values, or what cannot be read or written.
+    `targets.cache_dir`. `endpoint`: the server that is asked in the teacher's place. `verify`: compare shards with
+    their checksums that have been compared before. UserError names what does not match, with both values, or what
+    cannot be read or written.
     """
     encoding = make_encoding(config, teacher.vocab_size)
     world = accelerator.num_processes
@@ -277,21 +282,31 @@ def open_targets(
         **_encoding_fields(config, teacher),
     }
     digest = hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()[:32]
-    folder = config.cache_dir or cache_root(cache_dir) / "targets" / digest
+    root = cache_root(cache_dir) / "targets"
     main, rank = accelerator.is_main_process, accelerator.process_index
+    if config.is_remote:
+        assert config.cache_dir is not None
+        manifest = _read_remote(config.cache_dir, identity, len(blocks), root) if main else None
+        manifest = broadcast_object_list([manifest])[0]
+        assert manifest is not None
+        return CachedTargets(config.cache_dir, manifest, teacher.head, _seconds(manifest, len(blocks), world), root)
+    folder = Path(config.cache_dir) if config.cache_dir else root / digest
     with _locked(folder) if main else contextlib.nullcontext():
         if main and config.repo:
             _download(config.repo, folder)
-        manifest = _claim(folder, identity, source.name, teacher, blocks, config) if main else None
+        with teacher.together():
+            manifest = _claim(folder, identity, source.name, teacher, blocks, config) if main else None
         manifest = broadcast_object_list([manifest])[0]
         assert manifest is not None
         size = manifest["blocks_per_shard"]
-        wanted = {first // size: min(size, len(blocks) - first) for first in range(0, len(blocks), size)}
+        wanted = _wanted(manifest, len(blocks))
         layout = Layout(identity, manifest["dimension_scale"])
         known = {int(number): record for number, record in manifest["shards"].items()}
         mine = list(wanted)[rank::world]
-        bad = _damaged(folder, {number: known.get(number) for number in mine}, wanted, progress=main)
-        missing = sorted(number for part in gather_object([bad]) for number in part) if world > 1 else bad
+        checked = Checked(folder, anew=verify)
+        bad = _damaged(folder, {number: known.get(number) for number in mine}, wanted, checked, progress=main)
+        parts = gather_object([(bad, checked.stamps)]) if world > 1 else [(bad, checked.stamps)]
+        missing = sorted(number for part, _ in parts for number in part)
         if missing and config.repo:
             raise UserError(
                 f"targets.repo: {config.repo} lacks or has damaged {len(missing)} of {len(wanted)} shards, the first "
@@ -304,7 +319,7 @@ def open_targets(
             unit_scale=True,
             disable=not main or not missing,
         )
-        with progress:
+        with progress, teacher.together():
             share = {
                 number: np.arange(number * size, number * size + wanted[number]) for number in missing[rank::world]
             }
@@ -315,10 +330,24 @@ def open_targets(
         accelerator.wait_for_everyone()
         if main:
             manifest = _collect(folder, manifest)
+            checked.merge([stamps for _, stamps in parts])
+            for number in missing:  # just written, and read again for the checksum
+                checked.add(folder / shard_file(number), manifest["shards"][str(number)])
+            checked.save()
         manifest = broadcast_object_list([manifest])[0]
         assert manifest is not None
-    seconds = sum(manifest["shards"][str(number)]["seconds"] for number in wanted) / world
-    return CachedTargets(folder, manifest, teacher.head, seconds)
+    return CachedTargets(folder, manifest, teacher.head, _seconds(manifest, len(blocks), world), root)
+
+
+def _wanted(manifest: dict[str, Any], blocks: int) -> dict[int, int]:
+    """How many blocks each shard needs to have, by its number."""
+    size = manifest["blocks_per_shard"]
+    return {first // size: min(size, blocks - first) for first in range(0, blocks, size)}
+
+
+def _seconds(manifest: dict[str, Any], blocks: int, world: int) -> float:
+    """Wall time that building took, or would have taken with so many processes."""
+    return sum(manifest["shards"][str(number)]["seconds"] for number in _wanted(manifest, blocks)) / world
 
 
 def shard_file(number: int) -> str:
@@ -363,6 +392,47 @@ def _download(repo: str, folder: Path) -> None:
         raise UserError(f"targets.repo: {repo} cannot be downloaded to {folder}: {reason}") from None
 
 
+def _read_remote(url: str, identity: dict[str, Any], blocks: int, place: Path) -> dict[str, Any]:
+    """The manifest behind a URL, if it is complete."""
+    manifest = _check_manifest(Remote(url, place).text(MANIFEST), identity, url)
+    wanted, known = _wanted(manifest, blocks), manifest["shards"]
+    missing = [number for number, size in wanted.items() if known.get(str(number), {"blocks": 0})["blocks"] < size]
+    if missing:
+        raise UserError(
+            f"targets.cache_dir: {url} lacks {len(missing)} of {len(wanted)} shards, the first "
+            f"{shard_file(missing[0])}; a cache behind a URL is read only: complete it where it was built"
+        )
+    return manifest
+
+
+def _check_manifest(text: str, identity: dict[str, Any], where: str) -> dict[str, Any]:
+    """The manifest that a text is; UserError if it is none, or that of other targets."""
+    try:
+        manifest = json.loads(text)
+        found_format = manifest["format"]
+        found = manifest["identity"] if found_format == FORMAT else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{where}/{MANIFEST}: expected the manifest of cached targets, found {error!r}; delete the folder"
+        ) from None
+    if found is None:
+        raise UserError(
+            f"{where}/{MANIFEST}: expected format {FORMAT}, found {found_format}; "
+            "it was written by another version of potstill: update, or choose another targets.cache_dir"
+        )
+    differences = [
+        f"{name}: the cache has {found.get(name)!r}, the run {value!r}"
+        for name, value in identity.items()
+        if found.get(name) != value
+    ]
+    if differences:
+        raise UserError(
+            f"cached targets in {where} belong to another run; choose another targets.cache_dir:\n  "
+            + "\n  ".join(differences)
+        )
+    return manifest
+
+
 def _claim(
     folder: Path, identity: dict[str, Any], name: str, teacher: LanguageModel, blocks: Blocks, config: TargetsConfig
 ) -> dict[str, Any]:
@@ -370,28 +440,10 @@ def _claim(
     file = folder / MANIFEST
     if file.exists():
         try:
-            manifest = json.loads(file.read_text(encoding="utf-8"))
-            found_format = manifest["format"]
-            found = manifest["identity"] if found_format == FORMAT else None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{file}: expected the manifest of cached targets, found {error!r}; delete the folder"
-            ) from None
-        if found is None:
-            raise UserError(
-                f"{file}: expected format {FORMAT}, found {found_format}; "
-                "it was written by another version of potstill: update, or choose another targets.cache_dir"
-            )
-        differences = [
-            f"{name}: the cache has {found.get(name)!r}, the run {value!r}"
-            for name, value in identity.items()
-            if found.get(name) != value
-        ]
-        if differences:
-            raise UserError(
-                f"cached targets in {folder} belong to another run; choose another targets.cache_dir:\n  "
-                + "\n  ".join(differences)
-            )
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{file}: expected the manifest of cached targets, found {error!r}") from None
+        manifest = _check_manifest(text, identity, str(folder))
     elif config.repo:
         raise UserError(f"targets.repo: {config.repo} holds no {MANIFEST}; expected a data set made by distill.cache")
     else:
@@ -427,7 +479,12 @@ def _collect(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _damaged(
-    folder: Path, records: dict[int, dict[str, Any] | None], wanted: dict[int, int], *, progress: bool
+    folder: Path,
+    records: dict[int, dict[str, Any] | None],
+    wanted: dict[int, int],
+    checked: Checked,
+    *,
+    progress: bool,
 ) -> list[int]:
     """Numbers of the shards that are not there, too short or not what their checksum says."""
     bad = []
@@ -438,21 +495,13 @@ def _damaged(
             bad.append(number)
             continue
         try:
-            size = file.stat().st_size
-            problem = f"{size} bytes instead of {record['bytes']}" if size != record["bytes"] else None
-            if problem is None and _checksum(file) != record["sha256"]:
-                problem = "its checksum differs"
+            problem = checked.problem_of(file, record)
         except OSError as error:
             problem = str(error)
         if problem:
             tqdm.write(f"{file}: damaged ({problem}); it will be built again")
             bad.append(number)
     return bad
-
-
-def _checksum(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _build_shard(
@@ -476,7 +525,7 @@ def _build_shard(
     file = folder / shard_file(number)
     try:
         write_atomically(file, write, "targets.cache_dir")
-        record = {"blocks": len(block_ids), "bytes": file.stat().st_size, "sha256": _checksum(file)}
+        record = {"blocks": len(block_ids), "bytes": file.stat().st_size, "sha256": checksum(file)}
         record["seconds"] = round(time.perf_counter() - began, 3)
         write_json(folder / "building" / f"{number:05d}.json", record, "targets.cache_dir")
     except UserError as error:

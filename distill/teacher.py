@@ -15,6 +15,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -29,6 +31,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from distill.config import TeacherConfig, UserError
 from distill.corpus import BlockBatch, cache_root
 from distill.packaged import resolve_package
+from distill.sharding import (
+    Engine,
+    Lockstep,
+    count,
+    each_parameter,
+    head_in_place,
+    requested_engine,
+    whole,
+    whole_shape,
+)
 from distill.signals import Encoding, Head, HiddenSignal, Signal
 from distill.student import LSTMForCausalLM  # its import makes the Auto classes know the student's folders
 
@@ -49,7 +61,8 @@ class LanguageModel:
     """A frozen causal language model, cut at its head, with its tokenizer.
 
     `vocab_size` is the number of token ids that exist; padding rows of the head are cut off. With a trimmed vocabulary
-    `kept_ids_V` are the network's own ids of its tokens, and tokenizer and head are trimmed alike.
+    `kept_ids_V` are the network's own ids of its tokens, and tokenizer and head are trimmed alike. With its weights in
+    shards over several processes it has a `lockstep`, and all processes must read equally often, or `together`.
     """
 
     model: PreTrainedModel
@@ -57,6 +70,7 @@ class LanguageModel:
     head: Head
     name: str
     kept_ids_V: Tensor | None = None
+    lockstep: Lockstep | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -73,12 +87,12 @@ class LanguageModel:
     @property
     def parameters(self) -> int:
         """Number of parameters, tied ones once."""
-        return sum(p.numel() for p in self.model.parameters())
+        return sum(count(p) for _, p in each_parameter(self.model))
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the parameters as loaded, tied ones once."""
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return sum(count(p) * p.element_size() for _, p in each_parameter(self.model))
 
     @property
     def longest_window(self) -> float:
@@ -87,8 +101,8 @@ class LanguageModel:
 
     @property
     def embedding_Vd(self) -> Tensor:
-        """Input embeddings of the tokens that exist."""
-        weight_Vd: Tensor = cast(Any, self.model.get_input_embeddings()).weight.detach()
+        """Input embeddings of the tokens that exist. Collective where they lie in shards."""
+        weight_Vd = whole(cast(Any, self.model.get_input_embeddings()).weight)
         return weight_Vd[: self.vocab_size] if self.kept_ids_V is None else weight_Vd[self.kept_ids_V]
 
     def trimmed(self, tokenizer: PreTrainedTokenizerBase, kept_ids: np.ndarray) -> LanguageModel:
@@ -97,6 +111,13 @@ class LanguageModel:
         weight_Vd, bias_V = self.head.weight_Vd[kept_ids_V], self.head.bias_V
         head = replace(self.head, weight_Vd=weight_Vd, bias_V=None if bias_V is None else bias_V[kept_ids_V])
         return replace(self, tokenizer=tokenizer, head=head, kept_ids_V=kept_ids_V)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work in which processes may read differently often, or not at all, and do nothing else that is collective."""
+        yield
+        if self.lockstep:
+            self.lockstep.join()
 
     def hidden(self, input_ids_BW: Tensor, position_ids_BW: Tensor | None = None) -> Tensor:
         """Final hidden states (B, W, d), after the last norm."""
@@ -153,7 +174,7 @@ class LanguageModel:
 
 
 def load_teacher(config: TeacherConfig, device: torch.device) -> LanguageModel:
-    """The recipe's teacher, verified and on its device."""
+    """The recipe's teacher, verified and on its device, or in shards over all processes, which is collective."""
     return load_language_model(
         config.model,
         device=device,
@@ -163,6 +184,7 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> LanguageModel:
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
         role="teacher",
+        engine=requested_engine(),
     )
 
 
@@ -176,21 +198,29 @@ def load_language_model(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
     role: str = "model",
+    engine: Engine | None = None,
 ) -> LanguageModel:
     """Load any causal model with its tokenizer; UserError names what was not found or does not fit."""
     torch_dtype = DTYPES[_resolve_dtype(dtype, device)]
+    if engine and device_map:
+        raise UserError(
+            f"{role}.device_map: {device_map}, but accelerate's configuration shards the {role}; remove one"
+        )
     source = resolve_model(model, role)
     loading = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **loading)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=torch_dtype,
-            device_map=device_map,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            **loading,
-        )
+        sharded: AbstractContextManager[dict[str, Any]] = engine.loading(torch_dtype) if engine else nullcontext({})
+        with sharded as shards:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=torch_dtype,
+                device_map=device_map,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                **loading,
+                **shards,
+            )
         network: PreTrainedModel = loaded[0]
         report: dict[str, Any] = loaded[1]
         if report["missing_keys"]:  # transformers would put random numbers there, with no more than a warning
@@ -201,18 +231,24 @@ def load_language_model(
             f"{role} {model}: cannot be loaded: {reason[0]} (expected a hub id, a folder of a pretrained causal "
             "model with its tokenizer, a .gguf file, or package:DISTRIBUTION/PATH)"
         ) from None
-    if device_map is None:
+    if device_map is None and engine is None:
         cast(torch.nn.Module, network).to(device)
     network.eval().requires_grad_(False)
-    return wrap(network, tokenizer, model, role)
+    return wrap(network, tokenizer, model, role, engine.engage(network, torch_dtype) if engine else None)
 
 
-def wrap(network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str, role: str = "model") -> LanguageModel:
+def wrap(
+    network: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    role: str = "model",
+    lockstep: Lockstep | None = None,
+) -> LanguageModel:
     """A network in memory as a LanguageModel: vocabulary checked, head found and verified."""
     vocab_size = _shared_vocabulary(network, tokenizer, f"{role} {name}")
-    wrapped = LanguageModel(network, tokenizer, _head(network, vocab_size), name)
+    wrapped = LanguageModel(network, tokenizer, _head(network, vocab_size), name, lockstep=lockstep)
     ids_1W = torch.arange(8, device=wrapped.device)[None] % vocab_size
-    with torch.inference_mode():
+    with torch.inference_mode(), head_in_place(network):
         expected = network(input_ids=ids_1W).logits[..., :vocab_size].float()
         found = wrapped.head.logits(wrapped.hidden(ids_1W)).float()
     if not _close(found, expected, network.dtype):
@@ -285,11 +321,12 @@ def _convert_gguf(path: Path, role: str) -> Path:
 
 
 def hash_weights(network: torch.nn.Module) -> str:
-    """sha256 of all parameters as loaded: names, types and values."""
+    """sha256 of all parameters as loaded: names, types and values. Collective where they lie in shards."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(network.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, parameter in sorted(each_parameter(network)):
+        values = whole(parameter)
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -312,13 +349,13 @@ def _shared_vocabulary(network: PreTrainedModel, tokenizer: PreTrainedTokenizerB
         raise UserError(f"{who}: expected a causal model with an output head and a tokenizer with a vocabulary")
     by_id = {index: token for token, index in ids.items()}
     vocab_size = max(by_id) + 1
-    rows = output.weight.shape[0]
+    rows, embedded = whole_shape(output.weight)[0], whole_shape(embedding.weight)[0]
     if len(by_id) != len(ids):
         raise UserError(f"{who}: its tokenizer maps {len(ids)} tokens to {len(by_id)} ids; ids must be unique")
-    if vocab_size > rows or vocab_size > embedding.weight.shape[0]:
+    if vocab_size > rows or vocab_size > embedded:
         raise UserError(
             f"{who}: its tokenizer has ids up to {vocab_size - 1}, but the head has {rows} rows and the embedding "
-            f"{embedding.weight.shape[0]}; this tokenizer belongs to another model"
+            f"{embedded}; this tokenizer belongs to another model"
         )
     if rows - vocab_size >= MAX_PADDING_ROWS:
         raise UserError(
@@ -336,8 +373,8 @@ def _head(network: PreTrainedModel, vocab_size: int) -> Head:
     if getattr(config, "logits_scaling", None):  # Granite
         scale = scale / config.logits_scaling
     return Head(
-        weight_Vd=output.weight.detach()[:vocab_size],
-        bias_V=None if bias is None else bias.detach()[:vocab_size],
+        weight_Vd=whole(output.weight)[:vocab_size],
+        bias_V=None if bias is None else whole(bias)[:vocab_size],
         scale=float(scale),
         softcap=getattr(config, "final_logit_softcapping", None),
     )

@@ -43,6 +43,7 @@ from distill.objective import Objective
 from distill.progress import Clock, Interrupted, Progress, StopFlag
 from distill.schedule import learning_rate_factor
 from distill.signals import Encoding, HiddenSignal
+from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
 from distill.targets import Targets
 from distill.teacher import LanguageModel
@@ -71,20 +72,22 @@ class Training:
         recipe: Recipe,
         stages: tuple[StageConfig, ...],
         student: LSTMForCausalLM,
-        blocks: Blocks,
+        blocks: Blocks | BlockStream,
         teacher: LanguageModel,
         validate: Callable[[LSTMForCausalLM], Score],
         accelerator: Accelerator,
         tracker: Tracker,
         targets: Targets | None = None,
-        blocks_with_targets: Blocks | None = None,
+        blocks_with_targets: Blocks | BlockStream | None = None,
         validate_at_tokens: int | None = None,
         transplant: bool = False,
     ) -> None:
         self.name, self.recipe, self.stages = name, recipe, stages
         self.student = student.to(accelerator.device)
-        self.all_blocks, self.blocks_with_targets = blocks, blocks_with_targets or blocks
+        self.all_blocks = blocks
+        self.blocks_with_targets = blocks if blocks_with_targets is None else blocks_with_targets
         self.blocks = self.blocks_with_targets  # of the stage at hand
+        self.first_blocks = self.blocks.head if isinstance(self.blocks, BlockStream) else self.blocks
         self.teacher, self.targets = teacher, targets
         self.validate, self.accelerator, self.tracker = validate, accelerator, tracker
         self.validate_at_tokens = validate_at_tokens
@@ -93,7 +96,7 @@ class Training:
         self.checkpoints = Checkpoints(recipe.folder / "checkpoints" / name, recipe.run.keep_checkpoints)
         self.log_file = recipe.folder / f"{name}.log.jsonl"
         self.lanes = recipe.run.batch_size
-        lane_order(len(self.blocks), self.lanes, epoch=0, seed=recipe.run.seed)  # UserError if it is too short
+        lane_order(len(self.first_blocks), self.lanes, epoch=0, seed=recipe.run.seed)  # UserError if it is too short
         self.micro = micro_batch_size(recipe, accelerator.num_processes)
         self.tokens_per_step = self.lanes * recipe.corpus.block_length
         self.progress = Progress()
@@ -121,7 +124,9 @@ class Training:
                 resumed = None
                 # A signal may also have come during a stage's last validation.
                 if signum := self._agree(0.0, stop.signum)[1]:
+                    self._all_saved()
                     raise Interrupted(signum)
+            self._all_saved()
         self._load_best()
         return self.progress
 
@@ -168,14 +173,18 @@ class Training:
                     or now.tokens == self.validate_at_tokens
                 ):
                     self._validate(stage)
+                self.checkpoints.check()
                 if signum:
                     self._save(optimizer)
+                    self._all_saved()
                     raise Interrupted(signum)
                 if now.share(self.recipe.run.checkpoint_every, last_saved) >= 1:
                     self._save(optimizer)
                     last_saved = Clock(**asdict(now))
         if progress.last_validation.steps != progress.now.steps or not progress.points:
             self._validate(stage)
+        if not isinstance(self.blocks, BlockStream):
+            progress.stored_steps += progress.now.steps - progress.stage_start.steps
         progress.stage, progress.stale = progress.stage + 1, 0
         progress.stage_start = Clock(**asdict(progress.now))
         progress.done = progress.stage == len(self.stages)
@@ -208,13 +217,13 @@ class Training:
         return Rehearsal(total / steps, teacher_seconds / steps, metric_seconds, saving)
 
     def _first_states(self) -> Iterator[States]:
-        """The teacher's hidden states on this process's first micro-batches of the first epoch."""
-        wanted = self.recipe.student.fit_tokens or 4096
-        steps = min(len(self.blocks) // self.lanes, math.ceil(wanted / self.tokens_per_step))
+        """The teacher's hidden states on this process's first micro-batches of the first epoch or a stream's head."""
+        wanted, blocks = self.recipe.student.fit_tokens or 4096, self.first_blocks
+        steps = min(len(blocks) // self.lanes, math.ceil(wanted / self.tokens_per_step))
         of_targets = self.targets is not None and self.targets.encoding.kind == "hidden"
         for step in tqdm(range(steps), "first hidden states", disable=not self.accelerator.is_main_process):
-            for number, (block_ids, starts_B) in enumerate(self._micro_batches(step)):
-                batch, reset_BT = self._batch(block_ids, starts_B)
+            for number, (block_ids, starts_B) in enumerate(self._micro_batches(step, blocks)):
+                batch, reset_BT = self._batch(block_ids, starts_B, blocks)
                 if of_targets and self.targets is not None:
                     signal = self.targets.signal(batch)
                 else:
@@ -247,10 +256,10 @@ class Training:
         model.train()
         sums: dict[str, Tensor] = {}
         teacher_seconds = 0.0
-        micro_batches = list(self._micro_batches(steps))
+        micro_batches = list(self._micro_batches(steps, self.blocks))
         candidates = self._candidates(steps)
         for number, (block_ids, starts_B) in enumerate(micro_batches):
-            batch, reset_BT = self._batch(block_ids, starts_B)
+            batch, reset_BT = self._batch(block_ids, starts_B, self.blocks)
             signal = None
             if stage.needs_teacher:
                 assert self.targets is not None
@@ -280,35 +289,40 @@ class Training:
         optimizer.zero_grad(set_to_none=True)
         return sums, grad_norm, teacher_seconds
 
-    def _batch(self, block_ids: Any, starts_B: Tensor) -> tuple[BlockBatch, Tensor]:
+    def _batch(self, block_ids: Any, starts_B: Tensor, blocks: Blocks | BlockStream) -> tuple[BlockBatch, Tensor]:
         """Blocks and their resets; a lane that does not go on from its block before starts from zero as well."""
-        batch = self.blocks.batch(block_ids)
+        batch = blocks.batch(block_ids)
         reset_BT = batch.reset_BT.clone()
         reset_BT[:, 0] |= starts_B
         return batch, reset_BT
 
-    def _micro_batches(self, step: int) -> Iterator[tuple[Any, Tensor]]:
+    def _micro_batches(self, step: int, blocks: Blocks | BlockStream) -> Iterator[tuple[Any, Tensor]]:
         """This process's block ids of a step, and which of them do not follow the lane's block before."""
-        order_SG, row = self._order(step)
-        goes_on = row > 0 and not (step == self.progress.stage_start.steps and self._text_changes())
+        ids_G, before_G = self._row(step, blocks)
+        if before_G is None or (step == self.progress.stage_start.steps and self._text_changes()):
+            starts_G = np.ones(self.lanes, dtype=bool)
+        else:
+            starts_G = ids_G != before_G + 1
         first = self.accelerator.process_index * (self.lanes // self.accelerator.num_processes)
         for start in range(first, first + self.lanes // self.accelerator.num_processes, self.micro):
-            ids = order_SG[row, start : start + self.micro]
-            before = order_SG[row - 1, start : start + self.micro] if goes_on else ids
-            yield ids, torch.from_numpy(ids != before + 1)
+            chosen = slice(start, start + self.micro)
+            yield ids_G[chosen], torch.from_numpy(starts_G[chosen])
 
-    def _order(self, step: int) -> tuple[np.ndarray, int]:
-        """Block numbers of the epoch that a step is in, (steps, lanes), and the step's row."""
-        epoch, row = divmod(step, len(self.blocks) // self.lanes)
-        return lane_order(len(self.blocks), self.lanes, epoch=epoch, seed=self.recipe.run.seed), row
+    def _row(self, step: int, blocks: Blocks | BlockStream) -> tuple[np.ndarray, np.ndarray | None]:
+        """Block numbers of all lanes in a step, and those of the step before, None where all lanes begin anew."""
+        if isinstance(blocks, BlockStream):
+            return blocks.row(step - self.progress.stored_steps)
+        epoch, row = divmod(step, len(blocks) // self.lanes)
+        order_SG = lane_order(len(blocks), self.lanes, epoch=epoch, seed=self.recipe.run.seed)
+        return order_SG[row], order_SG[row - 1] if row else None
 
-    def _blocks_of(self, stage: StageConfig) -> Blocks:
+    def _blocks_of(self, stage: StageConfig) -> Blocks | BlockStream:
         return self.blocks_with_targets if stage.needs_teacher else self.all_blocks
 
     def _text_changes(self) -> bool:
         """Whether the stage at hand reads other blocks than the one before: no lane then goes on where it was."""
         number = self.progress.stage
-        return number > 0 and len(self._blocks_of(self.stages[number - 1])) != len(self.blocks)
+        return number > 0 and self._blocks_of(self.stages[number - 1]) is not self.blocks
 
     @cached_property
     def occurrences_V(self) -> Tensor:
@@ -324,8 +338,7 @@ class Training:
         """Those of a step, the same for all processes and micro-batches."""
         if self.sampler is None:
             return None
-        order_SG, row = self._order(step)
-        labels_N = self.blocks.labels(order_SG[row]).flatten().to(self.accelerator.device)
+        labels_N = self.blocks.labels(self._row(step, self.blocks)[0]).flatten().to(self.accelerator.device)
         return self.sampler.draw(labels_N, self.recipe.run.seed * 1_000_003 + step)
 
     def _clip(self, model: torch.nn.Module) -> Tensor:
@@ -517,11 +530,18 @@ class Training:
     # ---------------------------------------------------------------- saving and resuming
 
     def _save(self, optimizer: Any | None) -> None:
-        """Write a checkpoint; `optimizer` is None between two stages. Collective: the lanes' states are gathered."""
+        """Begin to write a checkpoint; `optimizer` is None between two stages. Collective: the lanes' states are
+        gathered. Nobody waits for the disk."""
         lanes = self._gather_lanes()
+        if isinstance(self.all_blocks, BlockStream):
+            self.progress.stream = self.all_blocks.state()
         if self.accelerator.is_main_process:
             weights = {name: p.detach() for name, p in [*self.student.named_parameters(), *self.aids.items()]}
             self.checkpoints.save(self.progress.now.steps, weights, optimizer, lanes, asdict(self.progress))
+
+    def _all_saved(self) -> None:
+        """Wait, all processes, until the main one has written what there is to write."""
+        self.checkpoints.wait()
         self.accelerator.wait_for_everyone()
 
     def _gather_lanes(self) -> dict[str, Tensor]:
@@ -544,6 +564,8 @@ class Training:
         state.pop("optimizer_groups", None)
         self.progress = Progress.from_dict({k: v for k, v in state.items() if k in Progress.__dataclass_fields__})
         _put(load_tensors(folder, "model.safetensors"), dict(self.student.named_parameters()))
+        if isinstance(self.all_blocks, BlockStream) and self.progress.stream:
+            self.all_blocks.load(self.progress.stream)
         lanes = load_tensors(folder, "lanes.safetensors")
         if lanes:
             share = self.lanes // self.accelerator.num_processes
@@ -567,7 +589,6 @@ class Training:
 
     def _load_best(self) -> None:
         """Put the best weights into the student."""
-        self.accelerator.wait_for_everyone()
         best = LSTMForCausalLM.from_pretrained(self.checkpoints.best(self.progress.best_step))
         self.student.load_state_dict(best.state_dict())
         self.student.eval()

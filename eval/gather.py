@@ -109,7 +109,8 @@ class _Run:
         """Speed figures by runtime, in the context nearest to 256 at batch 1. A control runs as its student does."""
         found = self.found["latency"]
         if not found:
-            return {"generate": {"tokens_per_second": self.result[role]["decode_tokens_per_second"]}}
+            speed = self.result[role]["decode_tokens_per_second"]  # None for a teacher in shards
+            return {"generate": {"tokens_per_second": speed}} if speed else {}
         runtimes = found["models"]["student" if role == "control" else role]["runtimes"]
         speeds = {}
         for runtime, row in runtimes.items():

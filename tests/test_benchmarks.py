@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import World, run_command
 
-from benchmarks import ablation, quality, train
+from benchmarks import ablation, quality, scaling, train
 from distill.config import UserError
 
 TINY = ("targets.k=8", "targets.samples=4")
@@ -73,6 +73,35 @@ def test_bench_cache_reports_sizes_speed_and_fidelity(world: World, tmp_path: Pa
     assert result["kinds"]["hidden"]["bytes_per_token"] > 24 + 4
 
 
+def test_bench_scaling_by_hand(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Medians of what is measured, and two processes for real."""
+    (tmp_path / "runs" / "bench").mkdir(parents=True)
+    (tmp_path / "runs" / "bench" / "stream.json").write_text('{"rss_growth_2gb": 0.05}', encoding="utf-8")
+    speeds = {"one": [100.0, 90.0, 300.0], "two": [180.0, 60.0, 170.0], "apart": [190.0, 190.0, 190.0]}
+    real, measured = scaling.measure, {way: iter(found) for way, found in speeds.items()}
+
+    def fake(way: str, options: object, folder: Path) -> dict[str, float]:
+        speed = next(measured[way])
+        return {"train": speed, "cache": speed * (1.1 if way == "two" else 1)}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scaling, "measure", fake)
+    assert scaling.main(["--recipe", str(world.recipe)]) == 0
+    result = last_line(capsys.readouterr().out)
+    assert result["rss_growth_2gb"] == 0.05
+    assert result["train_efficiency_2"] == pytest.approx(170 / 200)
+    assert result["cache_efficiency_2"] == pytest.approx(1.1 * 170 / 200)
+    assert result["train_efficiency_apart"] == pytest.approx(190 / 200)
+
+    options = SimpleNamespace(recipe=str(world.recipe), overrides=[], steps=2, tokens=640)
+    found = real("two", options, tmp_path / "work")  # type: ignore[arg-type]
+    assert set(found) == {"train", "cache"} and min(found.values()) > 0
+    blocks = json.loads((tmp_path / "work" / "built-0" / "targets.json").read_text(encoding="utf-8"))["shards"]
+    assert sum(shard["blocks"] for shard in blocks.values()) == 2 * 640 / 8, "as much for each process"
+
+
 def points(*losses: float) -> list[dict]:
     """A curve with a validation every ten seconds and hundred tokens."""
     return [
@@ -119,3 +148,20 @@ def test_bench_ablation_by_hand(
     assert result["equal_tokens"] == 200 and len(result["rows"]) == len(ablation.VARIANTS)
     assert result["rows"][1]["bits_per_byte"] == pytest.approx(1.0)
     assert result["rows"][1]["bits_per_byte_at_equal_tokens"] == pytest.approx(5 / 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory is read from /proc")
+def test_bench_streaming_reads_texts_and_caches(tmp_path: Path) -> None:
+    arguments = ("--megabytes", "4", "5", "--shards", "20")
+    found = run_command(*arguments, launcher=("-m", "benchmarks.streaming"), cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    result = last_line(found.stdout)
+    streamed, stored = (result["readings"][way] for way in ("streamed", "stored"))
+    for one, other in zip(streamed, stored, strict=True):
+        assert 0 <= one["tokens"] - other["tokens"] < 16 * 128 and one["peak_rss_mib"] > one["rss_at_start_mib"]
+    assert streamed[1]["tokens"] > 1.2 * streamed[0]["tokens"]
+    growth = streamed[1]["peak_rss_mib"] / streamed[0]["peak_rss_mib"] - 1
+    assert result["rss_growth"]["streamed"] == pytest.approx(growth)
+    assert result["rss_growth_2gb"] == max(result["rss_growth"].values())
+    assert result["caches"][0]["shards"] == 20 and result["caches"][0]["read_seconds"] > 0
+    assert (tmp_path / "runs/bench/streaming.png").is_file()

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ def make_student() -> LSTMForCausalLM:
 def save(checkpoints: Checkpoints, step: int, best_step: int = 0, **parts: Any) -> None:
     given = {"model": {"w": torch.full((2,), float(step))}, "optimizer": None, "lanes": {}, "state": {}, **parts}
     checkpoints.save(step, **{**given, "state": {**given["state"], "best_step": best_step}})
+    checkpoints.wait()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -184,6 +187,7 @@ def test_the_best_stays_as_long_as_a_kept_checkpoint_names_it(tmp_path: Path) ->
     save(checkpoints, 1, best_step=1)
     save(checkpoints, 2, best_step=1)
     checkpoints.save_best(3, student)
+    checkpoints.wait()
     assert bests() == ["best-00000001", "best-00000003"], "step 2 can still be resumed from"
     save(checkpoints, 3, best_step=3)
     assert bests() == ["best-00000001", "best-00000003"], "step 2 still names it"
@@ -204,6 +208,46 @@ def test_half_written_checkpoints_are_not_found_and_cleared_away(tmp_path: Path)
     (tmp_path / "step-notes").mkdir()
     assert checkpoints.latest() == tmp_path / "step-00000001"
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-notes"}
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is trained in the meantime does not reach it, and others get in line."""
+    may_write = threading.Event()
+    put = Checkpoints._put
+    monkeypatch.setattr(Checkpoints, "_put", lambda *arguments: (may_write.wait(60), put(*arguments)))
+    checkpoints, student = Checkpoints(tmp_path, keep=2), make_student()
+    weights = {name: value.detach() for name, value in student.named_parameters()}
+    before = {name: value.clone() for name, value in weights.items()}
+    optimizer = train(student, torch.optim.AdamW(student.parameters()), [0])
+    moments = {index: entry["exp_avg"].clone() for index, entry in optimizer.state_dict()["state"].items()}
+    trained = {name: value.clone() for name, value in weights.items()}
+    checkpoints.save(1, weights, optimizer, {}, {"best_step": 0})
+    train(student, optimizer, [1, 2])
+    assert not (tmp_path / "step-00000001").exists()
+    checkpoints.check()  # it goes on, which is no error
+    checkpoints.save(2, weights, None, {}, {"best_step": 0})
+    may_write.set()
+    checkpoints.wait()
+    assert checkpoints.latest() == tmp_path / "step-00000002"
+    found = load_tensors(tmp_path / "step-00000001", "model.safetensors")
+    kept = load_tensors(tmp_path / "step-00000001", "optimizer.safetensors")
+    for name, value in trained.items():
+        assert torch.equal(found[name], value) and not torch.equal(value, weights[name])
+    assert any(not torch.equal(before[name], value) for name, value in trained.items())
+    for index, value in moments.items():
+        assert torch.equal(kept[f"{index}.exp_avg"], value)
+
+
+def test_a_write_that_failed_is_told_at_the_next_occasion(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    checkpoints = Checkpoints(tmp_path / "runs", keep=2)
+    checkpoints.save(1, {}, None, {}, {"best_step": 0})
+    with pytest.raises(UserError, match="cannot be written"):
+        for _ in range(1000):
+            checkpoints.check()
+            time.sleep(0.01)
+    checkpoints.check()
+    checkpoints.wait()
 
 
 # What is in them

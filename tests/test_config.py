@@ -120,7 +120,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         run={"sede": 1, "batch_size": 0},
         teacher={"model": None, "dtype": "fp8"},
         student={"input_dropout": 1.0},
-        corpus={"streaming": True},
+        corpus={"shuffle_buffer": 5},
         stages=[{"objective": {"forward_kl": -1}, "length": {"steps": 1, "tokens": 2}}, {"objective": "jsd"}],
     )
     assert lines[0] == f"{tmp_path}/recipe.yaml: 9 problems in the recipe"
@@ -130,7 +130,7 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
         "teacher.model: Input should be a valid string; found None",
         "teacher.dtype: Input should be 'auto', 'fp32', 'bf16' or 'fp16'; found 'fp8'",
         "student.input_dropout: Input should be less than 1; found 1.0",
-        "corpus: streaming needs max_documents: how many documents to read from the stream",
+        "corpus: shuffle_buffer: only for a stream; set streaming: true",
         "stages.0.objective.forward_kl: Input should be greater than 0; found -1",
         "stages.0.length: give exactly one of steps, tokens, minutes; found steps, tokens",
         "stages.1.length: required, and not given",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from distill.config import CorpusConfig, UserError
 from distill.corpus import (
     Blocks,
     Corpus,
+    Encoder,
     Split,
     cache_root,
     hash_tokenizer,
@@ -63,13 +65,21 @@ TEXTS = make_texts(300)
 
 
 class CountingTokenizer(PreTrainedTokenizerFast):
-    """A tokenizer that counts the texts it was given."""
+    """A tokenizer whose texts are counted."""
 
     texts = 0
 
-    def __call__(self, text: Any = None, *args: Any, **kwargs: Any) -> Any:
-        self.texts += len(text)
-        return super().__call__(text, *args, **kwargs)
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    encode = Encoder.encode
+
+    def counting(self: Encoder, texts: list[str]) -> Any:
+        if isinstance(self.tokenizer, CountingTokenizer):
+            self.tokenizer.texts += len(texts)
+        return encode(self, texts)
+
+    monkeypatch.setattr(Encoder, "encode", counting)
 
 
 def make_tokenizer(**options: Any) -> CountingTokenizer:
@@ -314,16 +324,17 @@ def garble(folder: Path) -> None:
 
 
 def mix_up(folder: Path) -> None:
-    file = folder / "train.documents.npy"
-    measures_n3 = np.load(file)
-    measures_n3[0, 0] += 1
-    np.save(file, measures_n3)
+    file = folder / "train.starts.npy"
+    starts = np.load(file)
+    starts[-1] += 1
+    np.save(file, starts)
 
 
 def miscount(folder: Path) -> None:
     """All consistent with each other, but not with corpus.json."""
     np.save(folder / "test.npy", np.zeros(1, dtype=np.uint16))
-    np.save(folder / "test.documents.npy", np.zeros((0, 3), dtype=np.int64))
+    np.save(folder / "test.starts.npy", np.zeros(1, dtype=np.int64))
+    np.save(folder / "test.documents.npy", np.zeros((0, 2), dtype=np.int64))
 
 
 @pytest.mark.parametrize("damage", [truncate, lengthen, empty, lose, garble, mix_up, miscount])
@@ -579,6 +590,26 @@ def test_hub_data_sets(config: CorpusConfig, tokenizer: Any, monkeypatch: pytest
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(UserError, match="some/texts: .* could be loaded: broken$"):
         load(hub, tokenizer)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory is read from /proc")
+def test_reading_a_stored_text_does_not_fill_the_memory(tmp_path: Path) -> None:
+    """Mapped pages that were read are let go: 64 MB of tokens pass through a few."""
+
+    def resident() -> float:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+    np.save(tmp_path / "tokens.npy", np.zeros(2**25, dtype=np.uint16))
+    np.save(tmp_path / "starts.npy", np.arange(0, 2**25, 2**10))
+    tokens, starts = (np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in ("tokens", "starts"))
+    blocks = Blocks(Split(tokens, starts, starts, starts), 512, 0, reset_at_documents=True)
+    before = resident()
+    for first in range(0, len(blocks) - 31, 32):
+        blocks.batch(np.arange(first, first + 32))
+    assert resident() - before < 24
+    blocks.split.occurrences(1)
+    assert resident() - before < 24
 
 
 # What users get wrong.

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import ROOT, World, result_of, run_command
@@ -147,3 +148,25 @@ def test_dropout_and_carried_state_resume(world: World, tmp_path: Path) -> None:
     whole = train(world, tmp_path / "whole", *overrides)
     assert interrupted(world, tmp_path / "killed", overrides, 8, signal.SIGKILL) == -signal.SIGKILL
     assert_same_trajectory(whole, train(world, tmp_path / "killed", *overrides), bitwise=True)
+
+
+def test_a_stream_is_shared_out_and_goes_on_exactly(world: World, tmp_path: Path) -> None:
+    """Parquet shards over several epochs: killed and resumed it is bit-equal, in two processes equal."""
+    (shards := tmp_path / "shards").mkdir()
+    texts = [json.loads(line)["text"] for line in world.text.read_text(encoding="utf-8").splitlines()]
+    for number in range(5):
+        table = pyarrow.table({"text": texts[number::5]})
+        pyarrow.parquet.write_table(table, shards / f"{number}.parquet", row_group_size=30)
+    overrides = (
+        *LENGTHS, *OPTIMIZERS["adamw"], f"corpus.source={shards}", "corpus.streaming=true", "run.batch_size=32",
+        "corpus.sample_documents=150", "corpus.shuffle_buffer=50", "stages.1.length.steps=70",
+    )  # fmt: skip
+    whole = train(world, tmp_path / "whole", *overrides, "run.keep_checkpoints=1")
+    state = json.loads(next((whole / "checkpoints" / "student").glob("step-*/state.json")).read_text(encoding="utf-8"))
+    assert state["stream"]["epoch"] > 1
+    frequent = (*overrides, "run.checkpoint_every.steps=3")
+    assert interrupted(world, tmp_path / "killed", frequent, 45, signal.SIGKILL) == -signal.SIGKILL
+    assert_same_trajectory(whole, train(world, tmp_path / "killed", *frequent), bitwise=True)
+    both = train(world, tmp_path / "both", *overrides, launcher=("-m", "distill.launch", "--processes", "2"))
+    assert result_of(both)["processes"] == 2
+    assert_same_trajectory(whole, both)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill import signals
-from distill.signals import Encoding, Head, HiddenSignal, SparseSignal, sample, top_k
+from distill.signals import Encoding, Head, HiddenSignal, SparseSignal, largest, sample, top_k
 
 V, D = 40, 6
 
@@ -79,3 +79,28 @@ def test_hidden_and_dense_are_the_same_distribution() -> None:
     dense = Encoding("dense").signal(hidden_Nd, head, [0])
     assert isinstance(hidden, HiddenSignal) and not isinstance(dense, SparseSignal)
     torch.testing.assert_close(hidden.logits(slice(2, 5)), dense.logits(slice(2, 5)))
+
+
+@pytest.mark.parametrize("vocab_size", [10, 64, 1000, 4096])
+def test_the_largest_are_those_of_topk(vocab_size: int) -> None:
+    values_NV = torch.randn(7, vocab_size, generator=torch.Generator().manual_seed(3))
+    for k in (1, 9, min(200, vocab_size)):
+        found_NK, ids_NK = largest(values_NV, k)
+        torch.testing.assert_close(found_NK, values_NV.topk(k).values, rtol=0, atol=0)
+        torch.testing.assert_close(values_NV.gather(1, ids_NK), found_NK, rtol=0, atol=0)
+
+
+def test_draws_among_many_outcomes_follow_their_masses() -> None:
+    """Draws over several groups, none of them certain: what falls on a part of the vocabulary is its mass."""
+    logits_1V = torch.randn(1, 3000, generator=torch.Generator().manual_seed(4))
+    p_V = torch.softmax(logits_1V, -1)[0]
+    offsets_N = torch.rand(4000, generator=torch.Generator().manual_seed(5))
+    signal = sample(logits_1V.expand(4000, -1), 8, 1.0, offsets_N)
+    weights_V = torch.zeros(3000).scatter_add(0, signal.ids_NK.flatten(), signal.probs_NK.flatten()) / 4000
+    for part in (slice(0, 500), slice(1000, 1500), slice(2900, 3000)):
+        mass = p_V[part].sum()
+        assert abs(weights_V[part].sum() - mass) <= 5 * (mass / 32_000).sqrt()
+    assert ((weights_V - p_V).abs() <= 6 * (p_V / 32_000).sqrt() + 1e-4).all()
+    sharp_1V = torch.zeros(1, 3000).index_fill_(1, torch.tensor([7]), 200.0)  # all mass on one: no other is drawn
+    sharp = sample(sharp_1V, 8, 1.0, torch.tensor([0.5]))
+    assert sharp.ids_NK[0, 0] == 7 and sharp.probs_NK[0].tolist() == pytest.approx([1.0, *[0.0] * 7])
