@@ -31,7 +31,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev distill frontier smoke test check docs lock clean FORCE \
+.PHONY: help install install-dev distill frontier smoke test check fuzz faults audit docs lock clean FORCE \
 	bench-loss bench-train bench-cache bench-ablation bench-quality bench-decode bench-speculative \
 	bench-scaling bench-streaming
 
@@ -72,6 +72,15 @@ test: install-dev  ## the gate: ruff, mypy, pytest
 
 check: test  ## another name for make test
 
+fuzz: install-dev  ## readers of recipes, manifests and results, a hundred times as long as in make test
+	FUZZ=100 $(BIN)/python -m pytest -n 0 tests/test_fuzz.py --timeout 3600 $(PYTEST_ARGS)
+
+faults: install  ## kill, damage, fill the disk, ...: what becomes of a run; writes docs/faults.md, goes on where it was
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults $(ARGS)
+
+audit: .venv-audit/.done  ## known advisories against the locked packages; needs the network
+	.venv-audit/bin/pip-audit --strict --require-hashes --disable-pip -r requirements/base.txt -r requirements/dev.txt
+
 bench-loss: install  ## time and memory of the fused loss against eager code; ARGS='--sizes 1024'
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.loss $(ARGS)
 
@@ -102,8 +111,8 @@ bench-speculative: install  ## the student drafts for its teacher: speed and acc
 bench-scaling: install  ## what a second process is worth, in training from a cache and in building one
 	$(BIN)/python -m benchmarks.scaling $(ARGS)
 
-clean:  ## remove .venv, .venv-trl, .venv-llama, builds and caches; runs/ stays
-	rm -rf .venv .venv-trl .venv-llama build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove .venv, .venv-trl, .venv-llama, .venv-audit, builds and caches; runs/ stays
+	rm -rf .venv .venv-trl .venv-llama .venv-audit build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The steps of the set-up.
@@ -162,6 +171,11 @@ LLAMA_FLAGS := $(if $(shell grep -m1 -o amx_tile /proc/cpuinfo 2>/dev/null),-DGG
 .venv-llama/.done: benchmarks/requirements-llama.txt .venv/.python
 	$(PYTHON) -m venv .venv-llama
 	CMAKE_ARGS="$(LLAMA_FLAGS)" .venv-llama/bin/python -m pip --disable-pip-version-check install -qq -r $<
+	@touch $@
+
+.venv-audit/.done: .venv/.python
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip --disable-pip-version-check install -qq pip-audit
 	@touch $@
 
 # The locks: the closure of pyproject.toml without torch, for every supported Python and platform.

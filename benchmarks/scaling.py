@@ -9,7 +9,7 @@ Teacher, text and student are the quickstart's; the stage trained is forward KL 
 recipe's candidates, all collectives of a step included. A cache is timed from an empty folder to the checked manifest.
 Ways take turns; medians of repetitions are compared.
 
-`rss_growth_2gb` is measured by a command of its own and taken from runs/bench/stream.json, where there is one.
+`rss_growth_2gb` is measured by `make bench-streaming` and taken from runs/bench/streaming.json, where there is one.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Worker:
 
     def targets(self, folder: Path, tokens: int) -> tuple[Any, Any]:
         blocks = cached_blocks(self.parts.blocks, tokens)
-        config = TargetsConfig(signal="hidden", cache=True, cache_dir=folder)
+        config = TargetsConfig(signal="hidden", cache=True, cache_dir=str(folder))
         built = open_targets(
             config, self.parts.teacher, self.parts.corpus, blocks, self.accelerator,
             batch_tokens=self.recipe.evaluation.batch_tokens,
@@ -192,7 +192,7 @@ def benchmark(options: argparse.Namespace) -> None:
 
 
 def rss_growth() -> float | None:
-    file = FOLDER / "stream.json"
+    file = FOLDER / "streaming.json"
     return json.loads(file.read_text(encoding="utf-8")).get("rss_growth_2gb") if file.is_file() else None
 
 

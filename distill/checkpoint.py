@@ -1,8 +1,9 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
 A checkpoint is a folder `step-00000120/` with `model.safetensors` (weights), `optimizer.safetensors`
-(moments), `lanes.safetensors` (the carried LSTM state of every lane) and `state.json` (position, curves,
-schedule). Random numbers need no file: every step seeds its own from the run's seed and the step's number.
+(moments), `lanes.safetensors` (the carried LSTM state of every lane), `state.json` (position, curves,
+schedule) and the checksums of all that. Random numbers need no file: every step seeds its own from the
+run's seed and the step's number.
 It is written under another name, flushed to disk and renamed, so a folder with this name is always
 whole. No pickle. The main process copies what is to be kept and goes on training; `Checkpoints` writes beside it,
 one thing after the other.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import logging
 import os
 import re
 import shutil
@@ -30,7 +32,9 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from distill.config import UserError
+from distill.sealed import damage, write_checksums
 
+logger = logging.getLogger(__name__)
 FOLDER = re.compile(r"step-(\d{8})")
 WAITING = 2  # copies in memory that may wait for the disk: the best weights and a checkpoint often come together
 
@@ -44,6 +48,7 @@ def write_atomically(target: Path, write: Callable[[Path], object], field: str =
     temporary, old = (target.with_name(f".{target.name}.{os.getpid()}.{part}tmp") for part in ("", "old."))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _remove(temporary)  # of a process with the same number that was killed
         write(temporary)
         for path in [temporary, *temporary.rglob("*")] if temporary.is_dir() else [temporary]:
             _flush(path)
@@ -70,6 +75,15 @@ def write_json(target: Path, content: Any, field: str = "run.output_dir") -> Non
     """Write JSON atomically."""
     text = json.dumps(content, indent=1) + "\n"
     write_atomically(target, lambda path: path.write_text(text, encoding="utf-8"), field)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Take away what killed processes were writing into a folder; put back what one had moved aside to replace it."""
+    for leftover in sorted(folder.glob(".*.tmp")):
+        match = re.fullmatch(r"\.(.+)\.\d+\.old\.tmp", leftover.name)
+        if match and not (folder / match[1]).exists():
+            os.rename(leftover, folder / match[1])
+        _remove(leftover)
 
 
 class Checkpoints:
@@ -108,7 +122,12 @@ class Checkpoints:
     def save_best(self, step: int, student: PreTrainedModel) -> None:
         """Keep the weights as the best so far. Older bests go when no checkpoint names them any more."""
         kept = copy.deepcopy(student).cpu()
-        self._write(lambda: write_atomically(self.best(step), lambda path: kept.save_pretrained(path)))
+
+        def write(path: Path) -> None:
+            kept.save_pretrained(path)
+            write_checksums(path)
+
+        self._write(lambda: write_atomically(self.best(step), write))
 
     def save(
         self,
@@ -132,24 +151,49 @@ class Checkpoints:
             for name, values in tensors.items():
                 save_file(values, path / f"{name}.safetensors")
             (path / "state.json").write_text(text, encoding="utf-8")
+            write_checksums(path)
 
         self._write(lambda: self._put(step, write))
 
     def _put(self, step: int, write: Callable[[Path], None]) -> None:
-        write_atomically(self.folder / f"step-{step:08d}", write)
-        for old in self._all()[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
-        named = {self.best(load_state(kept)["best_step"]) for kept in self._all()}
+        target = self.folder / f"step-{step:08d}"
+        write_atomically(target, write)
+        void = [path for path in self._all() if path.name > target.name]  # damaged ones that were not gone on from
+        for path in [*void, *(path for path in self._all()[: -self.keep - len(void)])]:
+            shutil.rmtree(path, ignore_errors=True)
+        named = set()
+        for kept in self._all():
+            with contextlib.suppress(UserError):  # a damaged one cannot be gone on from, so it needs no best
+                named.add(self.best(load_state(kept)["best_step"]))
         for best in self.folder.glob("best-*"):
             if best not in named:
                 shutil.rmtree(best, ignore_errors=True)
 
     def latest(self) -> Path | None:
-        """The newest checkpoint, or None. Half-written ones bear another name and are cleared away."""
-        for leftover in self.folder.glob(".*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        """The newest checkpoint that is whole, as is the best that it names; None where there has been none.
+
+        Half-written ones bear another name and are cleared away. UserError where all are damaged.
+        """
+        clear_leftovers(self.folder)
         found = self._all()
-        return found[-1] if found else None
+        for folder in reversed(found):
+            problem = self._problem(folder)
+            if not problem:
+                return folder
+            logger.warning("%s: the checkpoint is damaged (%s), the one before is taken", folder, problem)
+        if found:
+            raise UserError(f"{self.folder}: all checkpoints are damaged; delete this folder to train anew")
+        return None
+
+    def _problem(self, folder: Path) -> str:
+        """What is wrong with a checkpoint, in words."""
+        if problem := damage(folder):
+            return problem
+        try:
+            state = load_state(folder)
+        except UserError as error:
+            return str(error)
+        return damage(self.best(state["best_step"])) if state.get("best_nll_nats") is not None else ""
 
     def _all(self) -> list[Path]:
         return sorted(path for path in self.folder.glob("step-*") if FOLDER.fullmatch(path.name))
@@ -158,8 +202,11 @@ class Checkpoints:
 def load_state(folder: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint; UserError if it cannot be read."""
     try:
-        return json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if not isinstance(state, dict) or not isinstance(state.get("best_step"), int):
+            raise ValueError("no state of a training")
+        return state
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(folder / "state.json", error) from None
 
 

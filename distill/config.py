@@ -234,7 +234,8 @@ class TargetsConfig(Section):
     """Softmax temperature at which `top_k` and `sampled` are taken; stages that use them must have the same."""
     cache: bool = False
     """Store the targets on disk before training and read them from there in every epoch. Time to build them counts as
-    training time, also when they were found built."""
+    training time, also when they were found built. A shard's checksum is taken once, then stands while size and time of
+    last change of its file are the same; `python -m distill.cache RECIPE --verify` takes all anew."""
     hidden_dtype: Literal["int8", "fp16", "fp32"] = "int8"
     """How the cache stores hidden states; `int8` has a scale for each token and one for each dimension."""
     max_tokens: Positive | None = None

@@ -30,6 +30,7 @@ import json
 import logging
 import mmap
 import os
+import platform
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -44,6 +45,7 @@ import torch
 from distill.arrays import GrowingArray
 from distill.config import CorpusConfig, UserError
 from distill.documents import Source, open_documents
+from distill.sealed import changed, checksums, read_sealed, seal
 
 logger = logging.getLogger(__name__)
 
@@ -118,11 +120,12 @@ def load_corpus(
     fingerprint = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_root(config.cache_dir) / "corpus" / fingerprint
     if (corpus := _read(folder)) is None:
-        partial = folder.with_name(f"{fingerprint}.{uuid.uuid4().hex}.partial")
+        partial = folder.with_name(f"{fingerprint}.{platform.node()}.{os.getpid()}.{uuid.uuid4().hex}.partial")
         try:
             partial.mkdir(parents=True)
+            _clear_leftovers(partial)
             counts = _build(partial, config, source, tokenizer, separator, progress)
-            report = {"source": config.source, "ingredients": ingredients, **counts}
+            report = seal({"source": config.source, "ingredients": ingredients, **counts, "files": checksums(partial)})
             (partial / "corpus.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             _install(partial, folder)
         except OSError as error:
@@ -239,6 +242,21 @@ def _build(
     return {"splits": splits, "skipped": source.skipped, "separators_dropped": encoder.dropped}
 
 
+def _clear_leftovers(mine: Path) -> None:
+    """Take away what processes of this machine were building beside this folder when they were killed."""
+    for partial in mine.parent.glob("*.partial"):
+        rest = partial.name.partition(".")[2]
+        machine, process = rest.rsplit(".", 3)[:2] if rest.count(".") >= 3 else ("", "")
+        if partial == mine or machine != platform.node() or not process.isdigit():
+            continue
+        try:
+            os.kill(int(process), 0)  # asks whether it is there
+        except ProcessLookupError:
+            shutil.rmtree(partial, ignore_errors=True)
+        except OSError:
+            pass  # it is, and somebody else's
+
+
 def _install(partial: Path, folder: Path) -> None:
     """Move a finished corpus into place, unless another process was faster."""
     try:
@@ -256,10 +274,12 @@ def _read(folder: Path) -> Corpus | None:
     if not folder.exists():
         return None
     try:
-        report = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+        report = read_sealed(folder / "corpus.json")
+        if damaged := changed(folder, report.get("files", {})):
+            raise ValueError(f"{damaged[0]} is missing or changed")
         splits = {side: _read_split(folder, side, report["splits"][side]) for side in SIDES}
         separator = int(report["ingredients"]["separator_id"])
-    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, AttributeError) as error:
         logger.warning("%s is damaged and will be built again: %s", folder, error)
         return None
     return Corpus(**splits, separator_id=separator, fingerprint=folder.name, folder=folder)

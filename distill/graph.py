@@ -20,6 +20,7 @@ import numpy as np
 
 from distill.checkpoint import write_atomically
 from distill.config import UserError
+from distill.sealed import changed
 from distill.session import EXTRA, sha256
 
 OPSET = 21
@@ -126,4 +127,4 @@ def is_current(path: Path) -> bool:
         return False
     properties = onnx.load(str(path), load_external_data=False).metadata_props
     weights = {entry.key: entry.value for entry in properties if entry.key.endswith(".safetensors")}
-    return all(path.with_name(name).is_file() and sha256(path.with_name(name)) == weights[name] for name in weights)
+    return not changed(path.parent, weights)

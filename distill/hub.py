@@ -27,7 +27,7 @@ from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData, get_session
 from huggingface_hub.errors import HTTPError
 
 from distill.checkpoint import write_atomically
@@ -35,9 +35,11 @@ from distill.command import guarded
 from distill.config import Recipe, UserError
 from distill.packaged import PREFIX
 from distill.recipe import dump_recipe, load_recipe
-from distill.result import table_rows
+from distill.redact import redact
+from distill.result import check_files, read_result, table_rows
 
 logger = logging.getLogger(__name__)
+TIMEOUT = 300.0  # seconds without a sign of life after which a connection counts as broken
 PAUSES = (1.0, 4.0, 15.0)  # seconds before trying again after a server's error or a broken connection
 
 
@@ -69,6 +71,7 @@ def stage(
             raise UserError(f"--report {report}: expected a folder of eval.report with its table.md, found none")
         table = (report / "table.md").read_text(encoding="utf-8")
         pictures.append(report / "frontier.png")
+    check_files(recipe.folder, result)
     source, target = recipe.folder / "student", recipe.folder / "hub"
     if not (source / "config.json").is_file():
         raise UserError(f"{recipe.folder}: expected a finished run with student/config.json, found none")
@@ -109,6 +112,7 @@ def upload(
     api = HfApi()
 
     def once() -> str:
+        get_session().timeout = TIMEOUT  # the library's own is endless
         api.create_repo(repo, private=private, exist_ok=True, repo_type=repo_type)
         if branch:
             api.create_branch(repo, branch=branch, exist_ok=True, repo_type=repo_type)
@@ -120,8 +124,9 @@ def upload(
 
     try:
         address = _retried(once)
-    except (HTTPError, OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except (HTTPError, OSError, ValueError, RuntimeError) as wrapped:
+        error = wrapped.__cause__ if isinstance(wrapped, RuntimeError) and wrapped.__cause__ else wrapped
+        reason = redact((str(error).strip().splitlines() or [type(error).__name__])[0])
         status = getattr(getattr(error, "response", None), "status_code", None)
         todo = {
             401: "log in with `hf auth login` or set HF_TOKEN",
@@ -137,11 +142,14 @@ def _retried(once: Callable[[], str]) -> str:
     for pause in PAUSES:
         try:
             return once()
-        except HTTPError as error:
-            response = getattr(error, "response", None)  # none where the connection broke
+        except (HTTPError, RuntimeError) as error:
+            cause = error if isinstance(error, HTTPError) else error.__cause__  # the library wraps failed uploads
+            if not isinstance(cause, HTTPError):
+                raise
+            response = getattr(cause, "response", None)  # none where the connection broke
             if response is not None and response.status_code < 500 and response.status_code != 429:
                 raise
-            logger.warning("the hub did not answer as it should (%s); trying again", type(error).__name__)
+            logger.warning("the hub did not answer as it should (%s); trying again", type(cause).__name__)
             time.sleep(pause)
     return once()
 
@@ -256,7 +264,7 @@ def write_card(
         "facts.",
         f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```",
     ]
-    text = "\n\n".join(paragraphs) + "\n"
+    text = redact("\n\n".join(paragraphs) + "\n")
     write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -307,14 +315,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     if options.repo.count("/") != 1 or not all(options.repo.split("/")):
         raise UserError(f"expected a repository as user/name, found {options.repo!r}")
-    recipe, file = load_recipe(options.run), Path(options.run) / "result.json"
-    if not file.is_file():
-        raise UserError(f"{options.run}: expected a finished run with its result.json, found none")
+    recipe, result = load_recipe(options.run), read_result(Path(options.run))
     # A run folder may have been moved since; what stands in it counts.
-    place = file.resolve().parent
+    place = Path(options.run).resolve()
     run = recipe.run.model_copy(update={"output_dir": place.parent, "name": place.name})
     recipe = recipe.model_copy(update={"run": run})
-    result = json.loads(file.read_text(encoding="utf-8"))
     folder = stage(recipe, result, options.repo, options.license, options.report)
     if options.dry_run:
         print(folder)

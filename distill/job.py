@@ -7,7 +7,6 @@ teacher lie in the cache, both trainings have checkpoints, and a run that is com
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import os
 import platform
@@ -26,19 +25,21 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from distill.checkpoint import write_atomically, write_json
+from distill.checkpoint import clear_leftovers, write_atomically, write_json
 from distill.config import Length, Recipe, StageConfig, UserError
 from distill.corpus import Blocks, Corpus, Split, load_corpus
 from distill.metrics import Documents, Reference, Score, build_reference, reading_window, score, score_reference
 from distill.progress import Progress
-from distill.recipe import dump_recipe
-from distill.result import compare, plot_curves, print_result, table_rows, versions
+from distill.recipe import dump_recipe, load_recipe
+from distill.result import check_files, compare, plot_curves, print_result, read_result, table_rows, versions
 from distill.samples import continuations, decode_speed
+from distill.sealed import checksums, read_sealed, seal
+from distill.session import sha256
 from distill.sharding import requested_engine
 from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
 from distill.targets import CachedTargets, LiveTargets, Targets, cached_blocks, make_encoding, open_targets
-from distill.teacher import LanguageModel, hardware_has_bf16, load_teacher, resolve_model, wrap
+from distill.teacher import LanguageModel, hardware_has_bf16, hash_weights, load_teacher, resolve_model, wrap
 from distill.tracking import Tracker
 from distill.train import Training, micro_batch_size
 from distill.transplant import build_student
@@ -63,12 +64,13 @@ def run(recipe: Recipe) -> dict[str, Any]:
     accelerator = start_accelerator(recipe)
     try:
         _claim_folder(recipe, accelerator)
-        finished = recipe.folder / "result.json"
-        if finished.is_file():
-            result = json.loads(finished.read_text(encoding="utf-8"))
+        if (recipe.folder / "result.json").is_file():
+            result = read_result(recipe.folder)
             if accelerator.is_main_process:
                 logger.info("%s is complete already; choose another run.name to run it anew", recipe.folder)
+                check_files(recipe.folder, result)
                 print_result(result, recipe.folder)
+                _publish(recipe, result)
             return result
         tracker = Tracker(accelerator, recipe)
         try:
@@ -89,6 +91,9 @@ class _Job:
         with self._timed("teacher_and_text"):
             parts = TeacherAndText(recipe, self.accelerator)
             teacher, corpus = parts.teacher, parts.corpus  # over the student's vocabulary
+            weights = hash_weights(parts.whole_teacher.model)  # by all processes, where it is spread over them
+            if self.accelerator.is_main_process:
+                _claim_inputs(recipe.folder, parts, weights)
         with self._timed("teacher_validation"):
             validator = Validator(recipe, corpus, teacher, self.accelerator)
         with self._timed("targets"):
@@ -179,6 +184,7 @@ class _Job:
     def _write(self, result: dict[str, Any], students: dict[str, LSTMForCausalLM], teacher: LanguageModel) -> None:
         """Students as plain Hugging Face folders, curves, and last the result that marks the run as complete."""
         folder = self.recipe.folder
+        result["files"] = {}
         for name, network in students.items():
 
             def save(path: Path, network: LSTMForCausalLM = network) -> None:
@@ -186,16 +192,15 @@ class _Job:
                 teacher.tokenizer.save_pretrained(path)
 
             write_atomically(folder / name, save)
+            result["files"][name] = checksums(folder / name)
+        result["files"]["."] = {path.name: sha256(path) for path in sorted(folder.glob("*.log.jsonl"))}
         picture = folder / "curves.png"
         plot_curves(result, picture)
         self.tracker.log_samples(result["samples"])
-        write_json(folder / "result.json", result)
+        write_json(folder / "result.json", seal(result))
         self.tracker.log_result(result, table_rows(result), picture, [folder / "result.json", folder / "recipe.yaml"])
         print_result(result, folder)
-        if self.recipe.publishing.repo:  # last: what the hub refuses can be published by distill/hub.py at any time
-            from distill.hub import publish
-
-            publish(self.recipe, result)
+        _publish(self.recipe, result)  # last: what the hub refuses is published by the same command again
 
     def _size_and_speed(self, model: LanguageModel, separator_id: int) -> dict[str, float | int | None]:
         """Shards decode as fast as the network between them: no speed of the model."""
@@ -313,7 +318,7 @@ class Validator:
         self.reference = self._read(teacher, self.share)
         self.teacher_score = self._over_all(score_reference(self.reference, self.share))
         uniform = torch.tensor(float(teacher.vocab_size)).log().item()
-        if self.teacher_score.nll_nats > uniform + 1:
+        if not self.teacher_score.nll_nats <= uniform + 1:
             raise UserError(
                 f"teacher {teacher.name}: its validation loss is {self.teacher_score.nll_nats:.2f} nats a token, far "
                 f"worse than a guess among {teacher.vocab_size} tokens ({uniform:.2f}); its tokenizer and head do not "
@@ -488,17 +493,21 @@ def _claim_folder(recipe: Recipe, accelerator: Accelerator) -> None:
         if not os.access(folder, os.W_OK):
             raise UserError(f"run folder {folder}: not writable; choose another run.output_dir")
         begun = (folder / "checkpoints").is_dir() or (folder / "result.json").is_file()
-        if begun and file.is_file():
-            differences = _differences(
-                yaml.safe_load(file.read_text(encoding="utf-8")), yaml.safe_load(dump_recipe(recipe))
-            )
-            if differences:
+        if begun:
+            try:
+                saved = dump_recipe(load_recipe(folder))
+            except UserError as error:
+                raise UserError(
+                    f"run folder {folder}: its recipe.yaml is missing or damaged, so nobody knows whether this is its "
+                    f"recipe; choose another run.name, or delete it ({error})"
+                ) from None
+            if differences := _differences(yaml.safe_load(saved), yaml.safe_load(dump_recipe(recipe))):
                 raise UserError(
                     f"run folder {folder} belongs to another recipe; choose another run.name, or delete it:\n  "
                     + "\n  ".join(differences)
                 )
-        else:
-            write_atomically(file, lambda path: path.write_text(dump_recipe(recipe), encoding="utf-8"))
+        clear_leftovers(folder)
+        write_atomically(file, lambda path: path.write_text(dump_recipe(recipe), encoding="utf-8"))
     accelerator.wait_for_everyone()
     deadline = time.monotonic() + SHARED_FOLDER_SECONDS
     while not file.is_file():
@@ -509,6 +518,43 @@ def _claim_folder(recipe: Recipe, accelerator: Accelerator) -> None:
                 every_process=True,
             )
         time.sleep(0.2)
+
+
+def _claim_inputs(folder: Path, parts: TeacherAndText, weights: str) -> None:
+    """Note which text and which weights this run trains on, or check that they are still the same."""
+    file, dtype = folder / "inputs.json", str(parts.whole_teacher.model.dtype)
+    found = {"text": parts.whole_corpus.fingerprint, "teacher": {dtype: weights}}
+    try:
+        before = read_sealed(file)
+        if before["text"] != found["text"]:
+            what = "its text has changed since it was begun"
+        elif before["teacher"].get(dtype) in (None, weights):
+            return  # other arithmetic, as another machine may have, cannot be compared
+        else:
+            what = "its teacher has other weights than when it was begun"
+        raise UserError(f"run folder {folder}: {what}; choose another run.name, or delete it")
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        logger.warning("%s is damaged (%s) and written anew", file, error)
+    write_json(file, seal(found))
+
+
+def _publish(recipe: Recipe, result: dict[str, Any]) -> None:
+    """Publish where the recipe asks for it and it has not been done."""
+    publishing, file = recipe.publishing, recipe.folder / "published.json"
+    if not publishing.repo:
+        return
+    weights = result.get("files", {}).get("student", {}).get("model.safetensors")
+    done = {"repo": publishing.repo, "branch": publishing.branch, "weights": weights}
+    try:
+        if read_sealed(file).items() >= done.items():
+            return
+    except (OSError, ValueError):
+        pass  # publishing twice changes nothing
+    from distill.hub import publish
+
+    write_json(file, seal({**done, "address": publish(recipe, result)}))
 
 
 def _differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:

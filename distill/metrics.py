@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distill.config import EvaluationConfig
+from distill.config import EvaluationConfig, UserError
 from distill.signals import Head
 from distill.student import LSTMForCausalLM
 from distill.teacher import LanguageModel
@@ -232,6 +232,12 @@ def build_reference(
     hidden_Md = torch.empty(documents.targets, teacher.width, dtype=teacher.head.weight_Vd.dtype)
     rows = rows_of(documents, window, context)
     for index_N, hidden_Nd, _ in _hidden_states(teacher, documents, rows, batch_tokens):
+        if not torch.isfinite(hidden_Nd).all():
+            raise UserError(
+                f"teacher {teacher.name}: its output on the documents is not finite; try dtype fp32 "
+                f"(found {teacher.model.dtype})",
+                every_process=True,
+            )
         hidden_Md[index_N] = hidden_Nd.to("cpu", hidden_Md.dtype)
     return Reference(hidden_Md, teacher.head)
 

@@ -48,6 +48,7 @@ class Progress:
     best_nll_nats: float | None = None
     best_step: int = 0
     stale: int = 0  # validations of this stage in a row that brought nothing
+    logged: int = 0  # lines in the run's own log
     done: bool = False
     stored_steps: int = 0  # of finished stages that read stored blocks while others read a stream
     stream: dict[str, Any] | None = None  # where the stream's window begins

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,9 @@ import yaml
 from pydantic import ValidationError
 
 from distill.config import Length, Recipe, UserError, section_of
+from distill.redact import redact
 
+MOST_VALUES, MOST_LEVELS = 100_000, 50  # of a recipe: a few lines of nested anchors can stand for billions
 # What a short form of a section stands for, so that an override inside it does not forget what it said.
 SHORT_FORMS = {"tracking": "tracker", "control": "enabled"}
 
@@ -42,10 +44,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{file}: expected a mapping of sections (run, teacher, ...), found {type(raw).__name__}")
     for override in overrides:
         _override(raw, override)
+    if found := sorted(_secrets(raw)):
+        raise UserError(
+            f"{file}: {', '.join(found)}: expected no secrets in a recipe, which is copied into run folders, model "
+            "cards and wandb; found a token, a password in an address, or the value of a secret environment variable. "
+            "Leave it in the environment, where the libraries look for it"
+        )
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise UserError(_explain(error, str(file))) from None
+
+
+def _secrets(value: Any, place: str = "") -> Iterator[str]:
+    """Places of strings that hold a secret."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _secrets(item, f"{place}.{key}" if place else str(key))
+    elif isinstance(value, str) and redact(value) != value:
+        yield redact(place)
 
 
 class _Loader(yaml.SafeLoader):
@@ -68,19 +86,22 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: {text[:80]!r}{'...' * (len(text) > 80)} cannot be read as YAML: {reason}") from None
 
 
-def _unshared(value: Any) -> Any:
-    """A copy in which an anchor's uses are objects of their own."""
+def _unshared(value: Any, left: Iterator[int] | None = None, depth: int = 0) -> Any:
+    """A copy in which an anchor's uses are objects of their own; ValueError where they unfold to too much."""
+    left = left or iter(range(MOST_VALUES))
+    if next(left, None) is None or depth > MOST_LEVELS:
+        raise ValueError(f"more than {MOST_VALUES} values or {MOST_LEVELS} levels, anchors unfolded")
     if isinstance(value, dict):
-        return {key: _unshared(item) for key, item in value.items()}
-    return [_unshared(item) for item in value] if isinstance(value, list) else value
+        return {key: _unshared(item, left, depth + 1) for key, item in value.items()}
+    return [_unshared(item, left, depth + 1) for item in value] if isinstance(value, list) else value
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
     """Set one dotted path, creating sections on the way."""
     key, found, text = override.partition("=")
     parts = key.split(".")
-    if not found or not all(parts):
-        raise UserError(f"expected KEY=VALUE with a dotted key such as run.seed=3, found {override!r}")
+    if not found or not all(parts) or len(parts) > MOST_LEVELS:
+        raise UserError(f"expected KEY=VALUE with a dotted key such as run.seed=3, found {override[:200]!r}")
     value = _parse(text, key)
     node: Any = raw
     for depth, part in enumerate(parts):

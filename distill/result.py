@@ -2,18 +2,138 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Self
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from rich.console import Console
+from rich.markup import escape
 
 from distill.checkpoint import write_atomically
+from distill.config import UserError
 from distill.output import print_table
+from distill.sealed import changed, read_sealed
 
+logger = logging.getLogger(__name__)
 Points = list[dict[str, Any]]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class _Checked(BaseModel):
+    """What readers of a result rely on; there may be more."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _Figures(_Checked):
+    perplexity: Finite
+    bits_per_byte: Finite
+    nll_nats: Finite
+    parameters: int
+    weight_bytes: int
+    tokens: int
+    decode_tokens_per_second: Finite | None
+    kl_to_teacher_nats: Finite | None = None
+    top1_agreement: Finite | None = None
+
+
+class _Teacher(_Figures):
+    model: str
+
+
+class _Control(_Figures):
+    match: str
+
+
+class _Point(_Checked):
+    tokens: int
+    seconds: Finite
+    nll_nats: Finite
+
+
+class _Sample(_Checked):
+    prompt: str
+    greedy: str
+    sampled: str
+
+
+class _Corpus(_Checked):
+    fingerprint: str
+    train_tokens: int
+    train_documents: int
+
+
+class _Result(_Checked):
+    name: str
+    teacher: _Teacher
+    student: _Figures
+    control: _Control | None = None
+    distillation_gain_nats: Finite | None = None
+    time_to_control_loss: Finite | None = None
+    samples: list[_Sample]
+    curves: dict[str, list[_Point]]
+    corpus: _Corpus
+    targets: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, dict[str, str]] = {}
+
+    @model_validator(mode="after")
+    def _compared_with_the_control(self) -> Self:
+        if self.control and (
+            self.distillation_gain_nats is None or "time_to_control_loss" not in self.model_fields_set
+        ):
+            raise ValueError("distillation_gain_nats and time_to_control_loss: expected beside the control's figures")
+        return self
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """`result.json` of a finished run; UserError where there is none, or it is damaged."""
+    file = folder / "result.json"
+    try:
+        result = read_sealed(file)
+        _Result.model_validate(result)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: expected a finished run with its result.json, found none") from None
+    except (OSError, ValueError) as error:
+        problem: Any = error
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise UserError(
+            f"{file}: expected the result of a run, found it damaged ({problem}); delete it and run the recipe again, "
+            "which goes on from the last checkpoint"
+        ) from None
+    return result
+
+
+def check_files(folder: Path, result: dict[str, Any]) -> None:
+    """Compare student and control with what the run has written.
+
+    UserError for weights, and for files that cannot be read; a warning for others, which may have been edited, and
+    for logs, which nothing can write again.
+    """
+    for name, expected in result.get("files", {}).items():
+        for file in changed(folder / name, expected):
+            path = folder / name / file
+            if path.suffix != ".jsonl" and (path.suffix == ".safetensors" or not _is_readable(path)):
+                raise UserError(
+                    f"{path}: is missing or damaged since the run was finished; delete {folder / 'result.json'} and "
+                    "run the recipe again, which writes it anew from the last checkpoint"
+                )
+            logger.warning("%s: is missing or not what the run has written; unless you did that, it is damaged", path)
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return "\0" not in text and (path.suffix != ".json" or isinstance(json.loads(text), dict | list))
+    except (OSError, ValueError, RecursionError):
+        return False
 
 
 def compare(student: Points, control: Points) -> dict[str, Any]:
@@ -106,14 +226,14 @@ def print_result(result: dict[str, Any], folder: Path, console: Console | None =
         console.print(f"Soft targets of {served}, served. Teacher, KL and top-1 in the table are of the local teacher.")
     for sample in result["samples"]:
         for kind in ("greedy", "sampled"):
-            text = " ".join(sample[kind].split())
-            console.print(f"[dim]{kind:>8}[/dim] [bold]{sample['prompt']}[/bold] {text}", highlight=False)
+            prompt, text = escape(sample["prompt"]), escape(" ".join(sample[kind].split()))
+            console.print(f"[dim]{kind:>8}[/dim] [bold]{prompt}[/bold] {text}", highlight=False)
     if "control" in result:
         gain, ratio = result["distillation_gain_nats"], result["time_to_control_loss"]
         time = "did not reach its loss" if ratio is None else f"reached its loss in {ratio:.0%} of its time"
         same = result["control"]["match"].replace("_", " ")
         console.print(f"Distillation gained {gain:+.3f} nats over the control at equal {same}, and {time}.")
-    console.print(f"Run folder: {folder}", soft_wrap=True, highlight=False)
+    console.print(f"Run folder: {folder}", soft_wrap=True, highlight=False, markup=False)
 
 
 def plot_curves(result: dict[str, Any], target: Path) -> None:

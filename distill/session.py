@@ -57,7 +57,7 @@ def open_session(path: Path, threads: int | None = None) -> Any:
     except Exception as error:  # onnxruntime has a dozen kinds, all straight from Exception
         refuse(f"{path}: cannot be loaded: {str(error).splitlines()[0]}; {again}")
     for name, digest in session.get_modelmeta().custom_metadata_map.items():
-        weights = path.with_name(name)
-        if name.endswith(".safetensors") and weights.is_file() and sha256(weights) != digest:
+        weights = path.parent / Path(name).name  # what stands in the file may not lead elsewhere
+        if weights.suffix == ".safetensors" and weights.is_file() and sha256(weights) != digest:
             refuse(f"{path}: was made for other weights than those in {weights}; {again}")
     return session

@@ -32,10 +32,9 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Engine:
-    """What keeps the shards; `offload`: in the CPU's memory, from where a layer is fetched when it is its turn."""
+    """What keeps the shards."""
 
     name: Literal["fsdp", "zero3"]
-    offload: bool = False
 
     @contextlib.contextmanager
     def loading(self, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
@@ -43,8 +42,7 @@ class Engine:
         if self.name == "fsdp":
             from transformers.distributed import DistributedConfig
 
-            world = torch.distributed.get_world_size()
-            yield {"distributed_config": DistributedConfig(fsdp_size=world, fsdp_cpu_offload=self.offload)}
+            yield {"distributed_config": DistributedConfig(fsdp_size=torch.distributed.get_world_size())}
             return
         deepspeed = _deepspeed()
         from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -70,11 +68,8 @@ class Engine:
         return Lockstep(network)
 
     def _zero3(self, dtype: torch.dtype) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": 3}
-        if self.offload:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
         types = {name: {"enabled": dtype == kind} for name, kind in (("bf16", torch.bfloat16), ("fp16", torch.float16))}
-        return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero, **types}
+        return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, **types}
 
 
 @functools.cache
@@ -88,14 +83,22 @@ def requested_engine() -> Engine | None:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return None
     if fsdp:
-        if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
-            raise UserError(f"fsdp_version: expected 2 in accelerate's configuration, found {version}")
-        return Engine("fsdp", os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true")
+        _expect("fsdp_version", "2", os.environ.get("FSDP_VERSION", "1"))
+        _expect("fsdp_offload_params", "false", os.environ.get("FSDP_OFFLOAD_PARAMS", "false"))
+        return Engine("fsdp")
     if deepspeed:
-        if (stage := os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")) != "3":
-            raise UserError(f"zero_stage: expected 3 in accelerate's configuration, found {stage}; for others use DDP")
-        return Engine("zero3", os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none") == "cpu")
+        _expect("zero_stage", "3", os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2"))
+        _expect("offload_param_device", "none", os.environ.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none"))
+        return Engine("zero3")
     return None
+
+
+def _expect(field: str, expected: str, found: str) -> None:
+    if found.lower() != expected:
+        raise UserError(
+            f"{field}: expected {expected} in accelerate's configuration, which is here about the teacher's shards, "
+            f"found {found}; see recipes/accelerate/fsdp2.yaml, zero3.yaml and, for whole teachers, gpu8.yaml"
+        )
 
 
 class Lockstep:

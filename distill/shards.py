@@ -13,7 +13,6 @@ the shard is not read again. `python -m distill.cache RECIPE --verify` takes all
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import time
@@ -27,6 +26,7 @@ import pyarrow as pa
 
 from distill.checkpoint import write_json
 from distill.config import UserError
+from distill.session import sha256
 
 HELD = 64  # batches for which a shard stays open after its last use: more than a step has micro-batches
 FETCHERS = 4  # threads
@@ -74,15 +74,21 @@ class Shards:
             self.open[number].set_result(self.load(number))
 
 
-def map_shard(file: Path, names: Iterable[str]) -> Columns:
-    """The columns of a shard's file, memory-mapped."""
-    with pa.memory_map(str(file)) as mapped:
-        table = pa.ipc.open_stream(mapped).read_all()
+def map_shard(file: Path, schema: pa.Schema) -> Columns:
+    """The columns of a shard's file but the blocks' numbers, memory-mapped. UserError where they are others."""
+    try:
+        with pa.memory_map(str(file)) as mapped:
+            table = pa.ipc.open_stream(mapped).read_all()
+    except (OSError, ValueError) as error:  # pyarrow's own are ValueErrors
+        raise UserError(f"{file}: expected a shard of cached targets: {error}; delete it", every_process=True) from None
+    if not table.schema.equals(schema) or table.column("block").null_count:
+        raise UserError(f"{file}: its columns are not those of the manifest; delete it", every_process=True)
     arrays = {}
-    for name in names:
-        column: Any = table.column(name).combine_chunks()
-        values = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
-        arrays[name] = values.flatten().to_numpy(zero_copy_only=True).reshape(table.num_rows, -1)
+    for name in schema.names:
+        if name != "block":
+            column: Any = table.column(name).combine_chunks()
+            values = column.chunk(0) if isinstance(column, pa.ChunkedArray) else column
+            arrays[name] = values.flatten().to_numpy(zero_copy_only=True).reshape(table.num_rows, -1)
     return arrays
 
 
@@ -104,7 +110,7 @@ class Remote:
         """A small file."""
         return self._patiently(name, lambda path: self.system.cat_file(path).decode("utf-8"))
 
-    def shard(self, name: str, record: Record, names: Iterable[str]) -> Columns:
+    def shard(self, name: str, record: Record, schema: pa.Schema) -> Columns:
         """A shard whose content is what its record says, mapped."""
 
         def fetch(path: str) -> Columns:
@@ -114,7 +120,7 @@ class Remote:
                 self.system.get_file(path, str(file))
                 if problem := problem_of(file, record):
                     raise OSError(problem)
-                return map_shard(file, names)
+                return map_shard(file, schema)
 
         return self._patiently(name, fetch)
 
@@ -141,13 +147,7 @@ def problem_of(file: Path, record: Record) -> str | None:
     size = file.stat().st_size
     if size != record["bytes"]:
         return f"{size} bytes instead of {record['bytes']}"
-    return "its checksum differs" if checksum(file) != record["sha256"] else None
-
-
-def checksum(file: Path) -> str:
-    """sha256 of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return "its checksum differs" if sha256(file) != record["sha256"] else None
 
 
 class Checked:
@@ -161,6 +161,7 @@ class Checked:
         except (OSError, ValueError):
             found = {}
         self.stamps: dict[str, list[Any]] = found if isinstance(found, dict) else {}
+        self.added: dict[str, list[Any]] = {}  # by this process
 
     def problem_of(self, file: Path, record: Record) -> str | None:
         """What is wrong with a shard's file, if anything; its content is read only where no stamp fits."""
@@ -173,12 +174,12 @@ class Checked:
 
     def add(self, file: Path, record: Record) -> None:
         """Count a shard's file as compared."""
-        self.stamps[file.name] = _stamp(file, record)
+        self.added[file.name] = self.stamps[file.name] = _stamp(file, record)
 
     def merge(self, others: Iterable[dict[str, list[Any]]]) -> None:
-        """Take in what other processes have compared."""
-        for stamps in others:
-            self.stamps.update(stamps)
+        """Take in what all processes have added."""
+        for added in others:
+            self.stamps.update(added)
 
     def save(self) -> None:
         """Write the stamps."""

@@ -30,7 +30,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, Self
 
 import datasets
 import filelock
@@ -39,14 +39,18 @@ import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from distill.checkpoint import write_atomically, write_json
+from distill.checkpoint import clear_leftovers, write_atomically, write_json
 from distill.config import EndpointConfig, TargetsConfig, UserError
 from distill.corpus import BlockBatch, Blocks, Corpus, cache_root, hash_tokenizer
+from distill.redact import redact
+from distill.sealed import read_sealed, seal, unseal
 from distill.served import ServedTeacher
-from distill.shards import Checked, Columns, Remote, Shards, checksum, map_shard
+from distill.session import sha256
+from distill.shards import Checked, Columns, Remote, Shards, map_shard
 from distill.signals import DenseSignal, Encoding, Head, HiddenSignal, Signal, SparseSignal
 from distill.teacher import LanguageModel, hash_weights
 
@@ -54,6 +58,67 @@ FORMAT = 1
 MANIFEST = "targets.json"
 SHARD_BYTES = 32 * 2**20  # a shard is no larger, but for one block
 SHARD_TOKENS = 16_384  # and holds no more, so that little is lost when a build is stopped
+
+
+class _Shard(BaseModel):
+    """What the manifest says of one shard."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    blocks: Annotated[int, Field(gt=0)]
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Manifest(BaseModel):
+    """What `targets.json` must hold. It names no files: a shard's number gives its place."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: int
+    teacher: str
+    identity: dict[str, str | int | float | bool | None]
+    dimension_scale: list[Annotated[float, Field(gt=0, allow_inf_nan=False)]] | None
+    blocks_per_shard: Annotated[int, Field(gt=0)]
+    shards: dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,8})$")], _Shard]
+
+    @model_validator(mode="after")
+    def _a_scale_for_each_dimension(self) -> Self:
+        found = None if self.dimension_scale is None else len(self.dimension_scale)
+        expected = self.identity.get("width") if self.identity.get("hidden_dtype") == "int8" else None
+        if found != expected:
+            raise ValueError(f"dimension_scale: expected {expected} numbers, found {found}")
+        return self
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a cache; UserError where it is damaged, or of another version."""
+    file = folder / MANIFEST
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: expected the manifest of cached targets, found {error}; delete the folder") from None
+    return parse_manifest(text, str(folder))
+
+
+def parse_manifest(text: str, where: str) -> dict[str, Any]:
+    """The manifest that a text is, found in `where`; UserError as `read_manifest`."""
+    file = f"{where}/{MANIFEST}"
+    try:
+        manifest = unseal(text)
+        if manifest.get("format") != FORMAT:
+            raise UserError(
+                f"{file}: expected format {FORMAT}, found {manifest.get('format')!r}; it was written by another "
+                "version of potstill: update, or choose another targets.cache_dir"
+            )
+        _Manifest.model_validate(manifest)
+    except ValueError as error:
+        reason: Any = error
+        if isinstance(error, ValidationError):
+            reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
+        raise UserError(f"{file}: expected the manifest of cached targets, found {reason}; delete the folder") from None
+    return manifest
 
 
 class Targets(Protocol):
@@ -132,16 +197,16 @@ class CachedTargets:
         identity = manifest["identity"]
         self.encoding = Encoding(identity["encoding"], identity["outcomes"], identity["temperature"])
         self.layout = Layout(identity, manifest["dimension_scale"])
-        names = tuple(self.layout.columns)
+        schema = self.layout.features.arrow_schema
         if isinstance(folder, Path):
 
             def load(number: int) -> Columns:
-                return map_shard(folder / shard_file(number), names)
+                return map_shard(folder / shard_file(number), schema)
         else:
             remote = Remote(folder, place)
 
             def load(number: int) -> Columns:
-                return remote.shard(shard_file(number), manifest["shards"][str(number)], names)
+                return remote.shard(shard_file(number), manifest["shards"][str(number)], schema)
 
         self.shards = Shards(load, map(int, manifest["shards"]), ahead=isinstance(folder, str))
 
@@ -292,6 +357,9 @@ def open_targets(
         return CachedTargets(config.cache_dir, manifest, teacher.head, _seconds(manifest, len(blocks), world), root)
     folder = Path(config.cache_dir) if config.cache_dir else root / digest
     with _locked(folder) if main else contextlib.nullcontext():
+        if main:
+            for place in (folder, folder / "data", folder / "building"):
+                clear_leftovers(place)
         if main and config.repo:
             _download(config.repo, folder)
         with teacher.together():
@@ -305,7 +373,7 @@ def open_targets(
         mine = list(wanted)[rank::world]
         checked = Checked(folder, anew=verify)
         bad = _damaged(folder, {number: known.get(number) for number in mine}, wanted, checked, progress=main)
-        parts = gather_object([(bad, checked.stamps)]) if world > 1 else [(bad, checked.stamps)]
+        parts = gather_object([(bad, checked.added)]) if world > 1 else [(bad, checked.added)]
         missing = sorted(number for part, _ in parts for number in part)
         if missing and config.repo:
             raise UserError(
@@ -330,7 +398,7 @@ def open_targets(
         accelerator.wait_for_everyone()
         if main:
             manifest = _collect(folder, manifest)
-            checked.merge([stamps for _, stamps in parts])
+            checked.merge(added for _, added in parts)
             for number in missing:  # just written, and read again for the checksum
                 checked.add(folder / shard_file(number), manifest["shards"][str(number)])
             checked.save()
@@ -382,19 +450,22 @@ def _locked(folder: Path) -> Any:
 
 
 def _download(repo: str, folder: Path) -> None:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HTTPError
 
     try:
-        snapshot_download(repo, repo_type="dataset", local_dir=folder)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        hf_hub_download(repo, MANIFEST, repo_type="dataset", local_dir=folder)
+        names = [shard_file(int(number)) for number in read_manifest(folder)["shards"]]  # and nothing else
+        snapshot_download(repo, repo_type="dataset", local_dir=folder, allow_patterns=names)
+    except (HTTPError, OSError, ValueError) as error:
+        reason = redact((str(error).strip().splitlines() or [type(error).__name__])[0])
         raise UserError(f"targets.repo: {repo} cannot be downloaded to {folder}: {reason}") from None
 
 
 def _read_remote(url: str, identity: dict[str, Any], blocks: int, place: Path) -> dict[str, Any]:
     """The manifest behind a URL, if it is complete."""
-    manifest = _check_manifest(Remote(url, place).text(MANIFEST), identity, url)
+    manifest = parse_manifest(Remote(url, place).text(MANIFEST), url)
+    _check_identity(manifest, identity, url)
     wanted, known = _wanted(manifest, blocks), manifest["shards"]
     missing = [number for number, size in wanted.items() if known.get(str(number), {"blocks": 0})["blocks"] < size]
     if missing:
@@ -405,21 +476,9 @@ def _read_remote(url: str, identity: dict[str, Any], blocks: int, place: Path) -
     return manifest
 
 
-def _check_manifest(text: str, identity: dict[str, Any], where: str) -> dict[str, Any]:
-    """The manifest that a text is; UserError if it is none, or that of other targets."""
-    try:
-        manifest = json.loads(text)
-        found_format = manifest["format"]
-        found = manifest["identity"] if found_format == FORMAT else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{where}/{MANIFEST}: expected the manifest of cached targets, found {error!r}; delete the folder"
-        ) from None
-    if found is None:
-        raise UserError(
-            f"{where}/{MANIFEST}: expected format {FORMAT}, found {found_format}; "
-            "it was written by another version of potstill: update, or choose another targets.cache_dir"
-        )
+def _check_identity(manifest: dict[str, Any], identity: dict[str, Any], where: str) -> None:
+    """UserError if a manifest is that of other targets."""
+    found = manifest["identity"]
     differences = [
         f"{name}: the cache has {found.get(name)!r}, the run {value!r}"
         for name, value in identity.items()
@@ -430,7 +489,6 @@ def _check_manifest(text: str, identity: dict[str, Any], where: str) -> dict[str
             f"cached targets in {where} belong to another run; choose another targets.cache_dir:\n  "
             + "\n  ".join(differences)
         )
-    return manifest
 
 
 def _claim(
@@ -439,11 +497,8 @@ def _claim(
     """The folder's manifest with all shards that are recorded; a new one where there is none."""
     file = folder / MANIFEST
     if file.exists():
-        try:
-            text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise UserError(f"{file}: expected the manifest of cached targets, found {error!r}") from None
-        manifest = _check_manifest(text, identity, str(folder))
+        manifest = read_manifest(folder)
+        _check_identity(manifest, identity, str(folder))
     elif config.repo:
         raise UserError(f"targets.repo: {config.repo} holds no {MANIFEST}; expected a data set made by distill.cache")
     else:
@@ -462,7 +517,7 @@ def _claim(
             "shards": {},
         }
         _write_card(folder, manifest)
-        write_json(file, manifest, "targets.cache_dir")
+        write_json(file, seal(manifest), "targets.cache_dir")
     return _collect(folder, manifest)
 
 
@@ -470,9 +525,14 @@ def _collect(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     """Take the records of finished shards into the manifest."""
     records = sorted((folder / "building").glob("[0-9]*.json"))
     if records:
-        shards = {**manifest["shards"], **{str(int(p.stem)): json.loads(p.read_text("utf-8")) for p in records}}
+        shards = dict(manifest["shards"])
+        for record in records:
+            with contextlib.suppress(OSError, ValueError):  # a damaged one: its shard is built again
+                found = read_sealed(record)
+                _Shard.model_validate(found)
+                shards[str(int(record.stem))] = found
         manifest = {**manifest, "shards": dict(sorted(shards.items(), key=lambda item: int(item[0])))}
-        write_json(folder / MANIFEST, manifest, "targets.cache_dir")
+        write_json(folder / MANIFEST, seal(manifest), "targets.cache_dir")
         for record in records:
             record.unlink()
     return manifest
@@ -525,9 +585,9 @@ def _build_shard(
     file = folder / shard_file(number)
     try:
         write_atomically(file, write, "targets.cache_dir")
-        record = {"blocks": len(block_ids), "bytes": file.stat().st_size, "sha256": checksum(file)}
+        record = {"blocks": len(block_ids), "bytes": file.stat().st_size, "sha256": sha256(file)}
         record["seconds"] = round(time.perf_counter() - began, 3)
-        write_json(folder / "building" / f"{number:05d}.json", record, "targets.cache_dir")
+        write_json(folder / "building" / f"{number:05d}.json", seal(record), "targets.cache_dir")
     except UserError as error:
         raise UserError(str(error), every_process=True) from None
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,9 +27,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from distill.checkpoint import write_atomically
 from distill.config import TeacherConfig, UserError
 from distill.corpus import BlockBatch, cache_root
 from distill.packaged import resolve_package
+from distill.sealed import damage, write_checksums
 from distill.sharding import (
     Engine,
     Lockstep,
@@ -44,8 +45,10 @@ from distill.sharding import (
 from distill.signals import Encoding, Head, HiddenSignal, Signal
 from distill.student import LSTMForCausalLM  # its import makes the Auto classes know the student's folders
 
+logger = logging.getLogger(__name__)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIONS = "set corpus.reset_at_documents=false or another teacher.attn_implementation"
+COMMIT = re.compile(r"[0-9a-f]{40}")
 MAX_PADDING_ROWS = 1024  # the largest paddings in use: 905 rows (Phi-2), 271 (Qwen2.5)
 
 
@@ -208,6 +211,11 @@ def load_language_model(
         )
     source = resolve_model(model, role)
     loading = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if trust_remote_code and not Path(source).exists() and not COMMIT.fullmatch(revision or ""):
+        logger.warning(
+            "%s %s: runs code of its repository at %s, which may be another tomorrow; pin the revision to a commit",
+            *(role, model, revision or "its newest revision"),
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **loading)
         sharded: AbstractContextManager[dict[str, Any]] = engine.loading(torch_dtype) if engine else nullcontext({})
@@ -217,6 +225,7 @@ def load_language_model(
                 dtype=torch_dtype,
                 device_map=device_map,
                 attn_implementation=attn_implementation,
+                use_safetensors=True,  # the other formats are pickle
                 output_loading_info=True,
                 **loading,
                 **shards,
@@ -251,6 +260,8 @@ def wrap(
     with torch.inference_mode(), head_in_place(network):
         expected = network(input_ids=ids_1W).logits[..., :vocab_size].float()
         found = wrapped.head.logits(wrapped.hidden(ids_1W)).float()
+    if not torch.isfinite(expected).all():
+        raise UserError(f"{role} {name}: its logits are not finite; try dtype fp32 (found {network.dtype})")
     if not _close(found, expected, network.dtype):
         raise UserError(
             f"{role} {name}: its logits are not a linear (scaled, softcapped) map of its final hidden state, "
@@ -271,10 +282,24 @@ def resolve_model(model: str, role: str = "model") -> str:
             path = path / "student"  # a run folder stands for its student
         if not (path / "config.json").is_file():
             raise UserError(f"{role} {model}: expected a model folder with a config.json, found none in it")
+        _check_index(path / "model.safetensors.index.json", f"{role} {model}")
         return str(path)
     if model.startswith(("package:", "/", "./", "../", "~")):
         raise UserError(f"{role} {model}: expected a model folder or file, found none")
     return model
+
+
+def _check_index(file: Path, who: str) -> None:
+    """UserError where the list of a model's weight files names one outside its folder."""
+    if not file.is_file():
+        return
+    try:
+        names = set(json.loads(file.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = [name for name in names if Path(name).name != name]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{who}: {file}: expected the list of its weight files: {error}") from None
+    if outside:
+        raise UserError(f"{who}: {file}: expected names of files beside it, found {outside[0]!r}")
 
 
 def _convert_gguf(path: Path, role: str) -> Path:
@@ -284,8 +309,10 @@ def _convert_gguf(path: Path, role: str) -> Path:
         while chunk := file.read(1 << 24):
             digest.update(chunk)
     folder = cache_root() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
-    if (folder / "config.json").is_file():
-        return folder
+    if folder.is_dir():
+        if not (problem := damage(folder)):
+            return folder
+        logger.warning("%s is damaged (%s) and converted again", folder, problem)
     try:
         import gguf  # noqa: F401
     except ImportError:
@@ -308,15 +335,14 @@ def _convert_gguf(path: Path, role: str) -> Path:
     plain = plain.to(torch.bfloat16)
     plain.load_state_dict(packed.state_dict())
     plain.generation_config = packed.generation_config
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    plain.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    (temporary / "source.json").write_text(json.dumps({"file": path.name, "sha256": digest.hexdigest()}))
-    try:
-        os.rename(temporary, folder)
-    except OSError:  # another process was first
-        shutil.rmtree(temporary)
+
+    def save(target: Path) -> None:
+        plain.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        (target / "source.json").write_text(json.dumps({"file": path.name, "sha256": digest.hexdigest()}))
+        write_checksums(target)
+
+    write_atomically(folder, save, "POTSTILL_CACHE")
     return folder
 
 

@@ -23,7 +23,9 @@ from distill.student import LSTMCache, LSTMForCausalLM
 def load_student(folder: Path) -> LSTMForCausalLM:
     """A student in fp32, ready to read; UserError for a damaged file or one that lacks weights."""
     try:
-        loaded: Any = LSTMForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        loaded: Any = LSTMForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True
+        )
         student, report = loaded
         if report["missing_keys"]:
             raise ValueError(f"weights missing: {', '.join(sorted(report['missing_keys'])[:4])}")

@@ -1,7 +1,7 @@
 """Curves, tables and pictures to wandb through accelerate's tracker.
 
 Without an account the run is recorded offline under `RUN/wandb/` and the log says how to sync it. A
-tracker that fails, at the start or later, is reported once and left alone: it never stops a run.
+tracker that fails or hangs, at the start or later, is reported once and left alone: it never stops a run.
 
 Metrics carry their unit in the name and their own x-axis: `train/student/*` and `train/control/*` over
 `tokens`, validation curves of both over `train_seconds`, so student and control share one axis. What is
@@ -14,17 +14,21 @@ import json
 import logging
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 
+from distill.checkpoint import write_json
+from distill.command import TRACKER_THREAD
 from distill.config import Recipe
 from distill.recipe import load_recipe
 
 logger = logging.getLogger(__name__)
 IDENTITY = "wandb_id.json"
+START_SECONDS, FINISH_SECONDS = 60.0, 300.0  # to reach the tracker, and to hand over what is left at the end
 VALIDATION_FIGURES = ("nll_nats", "perplexity", "kl_to_teacher_nats", "top1_agreement")
 
 
@@ -42,11 +46,10 @@ class Tracker:
         import wandb
 
         folder, identity = self._folder, self._folder / IDENTITY
-        if identity.is_file():
-            run_id = json.loads(identity.read_text(encoding="utf-8"))["id"]
-        else:
+        run_id = _read_identity(identity)
+        if run_id is None:
             run_id = secrets.token_hex(4)
-            identity.write_text(json.dumps({"id": run_id}), encoding="utf-8")
+            write_json(identity, {"id": run_id})
         mode = os.environ.get("WANDB_MODE") or None
         if mode is None and not wandb.login(prompt=False):
             mode = "offline"
@@ -64,7 +67,9 @@ class Tracker:
                     "tags": list(tracking.tags) or None,
                     "resume": "allow",
                     "mode": mode,
-                    "settings": wandb.Settings(console="off", silent=True),
+                    "settings": wandb.Settings(
+                        console="off", silent=True, init_timeout=START_SECONDS, finish_timeout=FINISH_SECONDS
+                    ),
                 }
             },
         )
@@ -149,11 +154,23 @@ class Tracker:
     def _guarded(self, call: Callable[[], Any]) -> None:
         if not self._alive:
             return
-        try:
-            call()
-        except Exception as error:  # whatever a tracker does wrong, the run goes on
+        failures: list[BaseException] = []
+
+        def attempt() -> None:
+            try:
+                call()
+            except Exception as error:  # whatever a tracker does wrong, the run goes on
+                failures.append(error)
+
+        # In a thread, as a service that has stopped answering is waited for without end.
+        thread = threading.Thread(target=attempt, name=TRACKER_THREAD, daemon=True)
+        thread.start()
+        thread.join(START_SECONDS + FINISH_SECONDS)
+        if thread.is_alive():
+            failures.append(TimeoutError("it does not answer"))
+        if failures:
             self._alive = False
-            logger.warning("tracking stops here, the run goes on: %s: %s", type(error).__name__, error)
+            logger.warning("tracking stops here, the run goes on: %s: %s", type(failures[0]).__name__, failures[0])
 
 
 def log_evaluation(
@@ -169,6 +186,15 @@ def log_evaluation(
     tracker = Tracker(Accelerator(log_with="wandb"), load_recipe(folder), folder)
     tracker.log_evaluation(protocol, figures, rows or [], pictures)
     tracker.finish()
+
+
+def _read_identity(file: Path) -> str | None:
+    """The id of a folder's wandb run; None where there is none, or none that can be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["id"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return found if isinstance(found, str) and found.isalnum() else None
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float | str | bool]]:

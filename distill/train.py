@@ -47,6 +47,7 @@ from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
 from distill.targets import Targets
 from distill.teacher import LanguageModel
+from distill.torch_decoder import load_student
 from distill.tracking import VALIDATION_FIGURES, Tracker
 
 logger = logging.getLogger(__name__)
@@ -421,6 +422,11 @@ class Training:
         progress, now = self.progress, self.progress.now
         self.student.eval()
         score = self.validate(self.student)
+        if not math.isfinite(score.nll_nats):
+            raise UserError(
+                f"{self.name}: its validation loss after step {now.steps} is {score.nll_nats}; the last checkpoint is "
+                "whole; a lower learning_rate, run.max_grad_norm or run.precision=fp32 may help"
+            )
         point: dict[str, Any] = {
             "stage": progress.stage,
             "stage_name": stage.label,
@@ -475,6 +481,7 @@ class Training:
         }
         now = self.progress.now
         self.tracker.log({**{f"train/{self.name}/{k}": v for k, v in values.items()}, "tokens": now.tokens})
+        self.progress.logged += 1
         if self.accelerator.is_main_process:
             row = {
                 "step": now.steps,
@@ -581,17 +588,29 @@ class Training:
 
     def _cut_log(self, steps: int) -> None:
         """Forget log lines of steps after the checkpoint: they will be taken again."""
-        if not self.accelerator.is_main_process or not self.log_file.exists():
+        if not self.accelerator.is_main_process or not (self.log_file.exists() or self.progress.logged):
             return
-        lines = self.log_file.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= steps]
+        lines = []
+        if self.log_file.exists():
+            lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if 0 < _step_of(line) <= steps]
+        if len(kept) < self.progress.logged:
+            logger.warning("%s is damaged: %d of %d lines are left", self.log_file, len(kept), self.progress.logged)
         write_atomically(self.log_file, lambda path: path.write_text("".join(f"{line}\n" for line in kept), "utf-8"))
 
     def _load_best(self) -> None:
         """Put the best weights into the student."""
-        best = LSTMForCausalLM.from_pretrained(self.checkpoints.best(self.progress.best_step))
+        best = load_student(self.checkpoints.best(self.progress.best_step))
         self.student.load_state_dict(best.state_dict())
         self.student.eval()
+
+
+def _step_of(line: str) -> int:
+    """The step that a line of the log is about; 0 for one that is cut or damaged."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return 0
 
 
 @torch.no_grad()

@@ -66,14 +66,16 @@ def is_run(name: str) -> bool:
     return (Path(name) / "recipe.yaml").is_file()
 
 
-def make_subjects(names: Sequence[str], roles: Sequence[str] = ROLES, trust_remote_code: bool = False) -> list[Subject]:
+def make_subjects(
+    names: Sequence[str], roles: Sequence[str] = ROLES, trust_remote_code: Sequence[str] = ()
+) -> list[Subject]:
     """What the names on the command line stand for, teachers first; UserError for a run without a student."""
     teachers: dict[TeacherConfig, list[Path]] = {}
     others = []
     for name in names:
         folder = Path(name)
         if not is_run(name):
-            others.append(Subject(name, "model", TeacherConfig(model=name, trust_remote_code=trust_remote_code)))
+            others.append(Subject(name, "model", _named(name, trust_remote_code)))
             continue
         if not (folder / "student" / "config.json").is_file():
             raise UserError(f"{name}: expected a finished run, found no student in it; run its recipe to the end first")
@@ -89,11 +91,18 @@ def make_subjects(names: Sequence[str], roles: Sequence[str] = ROLES, trust_remo
     ] + others
 
 
+def _named(name: str, trusted: Sequence[str]) -> TeacherConfig:
+    """A model by its name on the command line; `owner/name@revision` for a revision of a hub id."""
+    model, found, revision = name.rpartition("@")
+    if not found or Path(name).exists() or name.startswith("package:"):
+        model, revision = name, ""
+    return TeacherConfig(model=model, revision=revision or None, trust_remote_code=name in trusted)
+
+
 def find_teacher(options: argparse.Namespace) -> Subject:
     """The one teacher of all models: `--teacher`, else that of the runs."""
     if options.teacher:
-        config = TeacherConfig(model=options.teacher, trust_remote_code=options.trust_remote_code)
-        return Subject(options.teacher, "teacher", config)
+        return Subject(options.teacher, "teacher", _named(options.teacher, options.trust_remote_code))
     teachers = make_subjects(list(filter(is_run, options.models)), ("teacher",))
     if len(teachers) != 1:
         found = ", ".join(teacher.config.model for teacher in teachers) or "none among the models' runs"
@@ -171,7 +180,10 @@ def make_parser(protocol: str, description: str | None) -> argparse.ArgumentPars
     parser.set_defaults(protocol=protocol)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a run folder, or any causal language model")
     parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
-    parser.add_argument("--trust-remote-code", action="store_true")
+    parser.add_argument(
+        "--trust-remote-code", action="append", default=[], metavar="MODEL",
+        help="run the code that this model brings along; name it as owner/name@COMMIT",
+    )  # fmt: skip
     return parser
 
 
@@ -255,10 +267,13 @@ def read_results(run: Path, protocol: str) -> Figures | None:
     """What `eval.PROTOCOL` has found out about a run, or None."""
     file = run / "eval" / f"{protocol}.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("models"), dict):
+            raise ValueError("it holds no models")
+        return found
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             f"{file}: cannot be read: {error}; measure it again with python -m eval.{protocol} {run}"
         ) from None

@@ -8,13 +8,13 @@ and the point says so.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distill.config import UserError
+from distill.result import read_result
 from eval.command import Figures, read_results
 
 PROTOCOLS = ("perplexity", "agreement", "memory", "latency", "generate")
@@ -62,12 +62,7 @@ class _Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        try:
-            self.result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{folder}: expected a finished run with a result.json, found none") from None
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder}/result.json: cannot be read: {error}") from None
+        self.result = read_result(folder)
         names = (*PROTOCOLS, "perplexity-fp32", "perplexity-bf16", "perplexity-int8")
         self.found = {name: read_results(folder, name) for name in names}
         measured = self.found["perplexity"]

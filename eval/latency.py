@@ -185,10 +185,10 @@ def _resident_bytes() -> int:
 
 def _probed(subject: Subject, runtime: str, threads: int) -> Figures:
     """The figures of `probe` in a process of its own; its last words where that fails."""
-    names = [str(subject.runs[0])] if subject.runs else [subject.config.model]
-    command = [sys.executable, "-m", "eval.latency", *names, "--role", subject.role]
+    name = str(subject.runs[0]) if subject.runs else subject.label
+    command = [sys.executable, "-m", "eval.latency", name, "--role", subject.role]
     command += ["--probe", runtime, "--threads", str(threads)]
-    command += ["--trust-remote-code"] * subject.config.trust_remote_code
+    command += ["--trust-remote-code", name] if subject.config.trust_remote_code else []
     found = subprocess.run(command, capture_output=True, text=True)
     if found.returncode:
         return {"probe_error": (found.stderr.strip().splitlines() or ["no message"])[-1]}

@@ -1,4 +1,4 @@
-"""A tiny world for tests: a two-layer Llama teacher with its own tokenizer, and a text of 400 documents."""
+"""Shared by the tests: the tiny world of `benchmarks/tiny.py`, other teachers, and the real commands."""
 
 from __future__ import annotations
 
@@ -7,85 +7,20 @@ import importlib
 import io
 import json
 import os
-import random
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+
+from benchmarks.tiny import World, make_world, save_llama
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # sizes are tiny: threads would only wait for each other
 for name in ("WANDB_API_KEY", "WANDB_MODE"):
     os.environ.pop(name, None)  # tests record offline, whatever the machine's owner does
 ROOT = Path(__file__).resolve().parent.parent
-
-WORDS = [
-    "the",
-    "a",
-    "river",
-    "city",
-    "mountain",
-    "king",
-    "queen",
-    "old",
-    "young",
-    "small",
-    "great",
-    "was",
-    "is",
-    "in",
-    "on",
-    "of",
-    "and",
-    "near",
-    "built",
-    "found",
-    "wrote",
-    "north",
-    "south",
-    "water",
-    "stone",
-    "house",
-    "book",
-    "ship",
-    "song",
-    "year",
-    "war",
-    "peace",
-    "road",
-    "bridge",
-    "tower",
-    "garden",
-    "market",
-    "school",
-]
-
-
-@dataclass(frozen=True)
-class World:
-    """Paths of the tiny teacher, its text, and a recipe that joins them."""
-
-    folder: Path
-    teacher: Path
-    text: Path
-    recipe: Path
-
-
-def save_llama(folder: Path, seed: int = 0, **sizes: Any) -> None:
-    """A tiny random Llama, for a tokenizer whose first token ends documents."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    default = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
-    torch.manual_seed(seed)
-    config = LlamaConfig(**{**default, **ids, "max_position_embeddings": 256, "tie_word_embeddings": False, **sizes})
-    LlamaForCausalLM(config).save_pretrained(folder)
-
 
 NO_POTSTILL = """
 import sys, torch
@@ -113,60 +48,7 @@ def run_stranger(script: str, *arguments: str, cwd: Path, **environment: str) ->
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    folder = tmp_path_factory.mktemp("world")
-    rng = random.Random(0)
-    documents = [" ".join(rng.choices(WORDS, k=rng.randint(5, 40))) for _ in range(400)]
-    text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
-
-    vocabulary = {token: index for index, token in enumerate(["<|end|>", "<|unk|>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    teacher = folder / "teacher"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", unk_token="<|unk|>", pad_token="<|end|>"
-    ).save_pretrained(teacher)
-    save_llama(teacher, vocab_size=64, initializer_range=0.2)  # padded: the tokenizer has fewer
-
-    recipe = folder / "tiny.yaml"
-    recipe.write_text(
-        yaml.safe_dump(
-            {
-                "run": {
-                    "name": "tiny",
-                    "output_dir": str(folder / "runs"),
-                    "precision": "fp32",
-                    "batch_size": 8,
-                    "threads": 1,
-                },
-                "teacher": {"model": str(teacher), "context": 4, "dtype": "fp32"},
-                "student": {"hidden_size": 16, "num_layers": 1, "fit_tokens": 128},
-                "corpus": {
-                    "source": str(text),
-                    "block_length": 8,
-                    "validation_fraction": 0.1,
-                    "cache_dir": str(folder / "cache"),
-                },
-                "stages": [
-                    {"objective": "hidden_mse", "freeze": ["embedding", "head"], "length": {"steps": 6}},
-                    {"objective": {"forward_kl": 0.8, "cross_entropy": 0.2}, "length": {"steps": 8}},
-                ],
-                "control": {"match": "tokens"},
-                "evaluation": {
-                    "every": {"steps": 4},
-                    "new_tokens": 4,
-                    "decode_seconds": 0.1,
-                    "prompts": ["the river"],
-                },
-                "tracking": {"tracker": "none", "every": 1},
-            }
-        ),
-        encoding="utf-8",
-    )
-    return World(folder, teacher, text, recipe)
+    return make_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,11 +26,12 @@ TOKENS = {"token-of-me": "me", "token-of-reader": "reader"}
 
 @dataclass
 class Fault:
-    """What goes wrong with the next request whose "METHOD /path" begins so: a status, or a connection cut."""
+    """What goes wrong with the next request whose "METHOD /path" begins so: a status, a connection cut, or silence."""
 
     request: str
     status: int = 503
     cut_after: int | None = None  # bytes of the body
+    silent_seconds: float = 0.0  # before the answer
 
 
 @dataclass
@@ -60,7 +62,7 @@ class Hub:
 
     def __enter__(self) -> Hub:
         bound = type("Bound", (Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), bound)
+        self.server = Server(("127.0.0.1", 0), bound)
         self.address = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
         return self
@@ -77,6 +79,11 @@ class Hub:
     def files(self, repo: str, branch: str = "main") -> dict[str, bytes]:
         found = self.repos[repo]
         return found.commits[found.branches[branch]]
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass  # a client that was killed, or gave up waiting
 
 
 class Refusal(Exception):
@@ -106,6 +113,7 @@ class Handler(BaseHTTPRequestHandler):
                     self.close_connection = True
                     return
                 self.rfile.read(length)
+                time.sleep(fault.silent_seconds)
                 return self.answer(fault.status, {"error": "a fault on demand"})
         body = self.rfile.read(length)
         try:

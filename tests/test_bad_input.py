@@ -107,14 +107,17 @@ def test_checkpoint_of_another_recipe(world: World, tmp_path: Path) -> None:
     assert "complete already" in again.stderr
 
 
-def test_damaged_checkpoint_is_named(world: World, tmp_path: Path) -> None:
+def test_damaged_checkpoints_are_named(world: World, tmp_path: Path) -> None:
     arguments = (str(world.recipe), f"run.output_dir={tmp_path}", "control=false")
     assert run_command(*arguments).returncode == 0
     (tmp_path / "tiny" / "result.json").unlink()
-    newest = sorted((tmp_path / "tiny" / "checkpoints" / "student").glob("step-*"))[-1]
-    whole = (newest / "model.safetensors").read_bytes()
-    (newest / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    assert f"{newest}/model.safetensors: the checkpoint is damaged" in refused(run_command(*arguments))
+    folder = tmp_path / "tiny" / "checkpoints" / "student"
+    for saved in folder.glob("step-*"):
+        whole = (saved / "model.safetensors").read_bytes()
+        (saved / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    message = refused(run_command(*arguments))
+    assert f"{folder}: all checkpoints are damaged" in message
+    assert f"{max(folder.glob('step-*'))}: the checkpoint is damaged (" in message and "model.safetensors" in message
 
 
 def test_not_finite_is_refused_before_the_update(world: World, tmp_path: Path) -> None:

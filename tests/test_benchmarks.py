@@ -78,7 +78,7 @@ def test_bench_scaling_by_hand(
 ) -> None:
     """Medians of what is measured, and two processes for real."""
     (tmp_path / "runs" / "bench").mkdir(parents=True)
-    (tmp_path / "runs" / "bench" / "stream.json").write_text('{"rss_growth_2gb": 0.05}', encoding="utf-8")
+    (tmp_path / "runs" / "bench" / "streaming.json").write_text('{"rss_growth_2gb": 0.05}', encoding="utf-8")
     speeds = {"one": [100.0, 90.0, 300.0], "two": [180.0, 60.0, 170.0], "apart": [190.0, 190.0, 190.0]}
     real, measured = scaling.measure, {way: iter(found) for way, found in speeds.items()}
 

@@ -30,7 +30,7 @@ from distill.checkpoint import (
 from distill.config import UserError
 from distill.student import LSTMConfig, LSTMForCausalLM
 
-FILES = {"model.safetensors", "optimizer.safetensors", "lanes.safetensors", "state.json"}
+FILES = {"model.safetensors", "optimizer.safetensors", "lanes.safetensors", "state.json", "checksums.json"}
 
 
 def make_student() -> LSTMForCausalLM:
@@ -210,6 +210,19 @@ def test_half_written_checkpoints_are_not_found_and_cleared_away(tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} == {"step-00000001", "step-notes"}
 
 
+def test_what_a_killed_process_had_moved_aside_is_put_back(tmp_path: Path) -> None:
+    """Between the two renames that replace a folder, the old one bears another name."""
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    save(checkpoints, 1)
+    (tmp_path / "step-00000001").rename(tmp_path / ".step-00000001.4711.old.tmp")
+    half_a_folder(tmp_path / ".step-00000001.4711.tmp")
+    assert checkpoints.latest() == tmp_path / "step-00000001"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    half_a_folder(tmp_path / ".step-00000001.4712.old.tmp")
+    assert load_tensors(checkpoints.latest(), "model.safetensors")["w"].tolist() == [1, 1], "the new one is there"
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is trained in the meantime does not reach it, and others get in line."""
     may_write = threading.Event()
@@ -346,7 +359,60 @@ def test_training_goes_on_bit_by_bit(tmp_path: Path, name: str, frozen: bool) ->
 # Damage
 
 
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "one bit": lambda path: path.write_bytes(path.read_bytes()[:-3] + bytes([path.read_bytes()[-3] ^ 4]) + b"}\n"),
+}
+
+
 @pytest.mark.parametrize("file", sorted(FILES))
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_last_whole_checkpoint_is_gone_on_from(
+    tmp_path: Path, file: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (1, 2, 3):
+        save(checkpoints, step)
+    DAMAGES[damage](tmp_path / "step-00000003" / file)
+    if (file, damage) == ("checksums.json", "missing"):
+        assert checkpoints.latest() == tmp_path / "step-00000003", "as an older version wrote it"
+        return
+    assert checkpoints.latest() == tmp_path / "step-00000002"
+    assert "step-00000003" in caplog.text and file in caplog.text
+    for step in (1, 2):
+        DAMAGES[damage](tmp_path / f"step-{step:08d}" / file)
+    with pytest.raises(UserError, match="all checkpoints are damaged; delete this folder"):
+        checkpoints.latest()
+
+
+def test_a_checkpoint_without_its_best_is_no_whole_one(tmp_path: Path) -> None:
+    checkpoints, student = Checkpoints(tmp_path, keep=3), make_student()
+    for step in (1, 2):
+        checkpoints.save_best(step, student)
+        save(checkpoints, step, best_step=step, state={"best_nll_nats": 1.0})
+    assert checkpoints.latest() == tmp_path / "step-00000002"
+    weights = tmp_path / "best-00000002" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    assert checkpoints.latest() == tmp_path / "step-00000001"
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_saving_goes_on_past_damaged_checkpoints(tmp_path: Path, keep: int) -> None:
+    """An older one that cannot be read stops nothing; a newer one that was not gone on from makes room."""
+    checkpoints = Checkpoints(tmp_path, keep)
+    for step in (1, 2):
+        save(checkpoints, step)
+    save(checkpoints, 9)
+    for damaged in (checkpoints._all()[0], tmp_path / "step-00000009"):
+        (damaged / "state.json").write_text("{")
+    save(checkpoints, 5)
+    assert checkpoints.latest() == tmp_path / "step-00000005"
+    assert tmp_path / "step-00000009" not in checkpoints._all()
+
+
+@pytest.mark.parametrize("file", sorted(FILES - {"checksums.json"}))
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "noise"])
 def test_a_damaged_file_is_named(tmp_path: Path, file: str, damage: str) -> None:
     model = make_student()

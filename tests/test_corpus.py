@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import platform
 import random
+import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -382,6 +385,29 @@ def test_interrupted_work_leaves_nothing(config: CorpusConfig, tokenizer: Any, m
     with pytest.raises(KeyboardInterrupt):
         load(config, tokenizer)
     assert list((config.cache_dir / "corpus").iterdir()) == []  # type: ignore[operator]
+
+
+def test_what_a_killed_process_was_building_is_cleared_away(config: CorpusConfig, tokenizer: Any) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    parent = config.cache_dir / "corpus"  # type: ignore[operator]
+    dead, alive, elsewhere = (
+        parent / f"0f.{machine}.{process}.4711.partial"
+        for machine, process in ((platform.node(), ended.pid), (platform.node(), os.getppid()), ("other", ended.pid))
+    )
+    for folder in (dead, alive, elsewhere):
+        folder.mkdir(parents=True)
+    built = load(config, tokenizer).folder
+    assert set(parent.iterdir()) == {built, alive, elsewhere}
+
+
+def test_changed_tokens_are_built_again(config: CorpusConfig, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Of the right length, so that only the checksum tells."""
+    file = load(config, tokenizer).folder / "train.npy"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-2] + bytes([whole[-2] ^ 1, whole[-1]]))
+    load(config, tokenizer)
+    assert file.read_bytes() == whole and "train.npy is missing or changed" in caplog.text
 
 
 def test_cache_root(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, World, run_eval
+from conftest import World, run_eval
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.tiny import WORDS
 from distill.config import EvaluationConfig, UserError
 from distill.metrics import Documents
 from distill.signals import Head

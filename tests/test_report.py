@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 from conftest import run_eval
 
+from distill.checkpoint import write_json
 from distill.config import UserError
+from distill.sealed import seal
 from eval.command import read_results
 from eval.gather import common_prefix, gather, mark_dominated, sentence
 from eval.report import main, page, table_rows, write_report
@@ -121,7 +123,7 @@ def test_files_agree(report_folder: Path, run_folder: Path) -> None:
 
 
 def test_a_run_without_results_is_named(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="expected a finished run with a result.json"):
+    with pytest.raises(UserError, match="expected a finished run with its result.json"):
         gather([tmp_path])
     assert main([str(tmp_path), "--output", str(tmp_path / "report")]) == 2
     bare = tmp_path / "bare"
@@ -132,7 +134,7 @@ def test_a_run_without_results_is_named(run_folder: Path, tmp_path: Path, monkey
     shutil.copytree(bare, other)
     result = json.loads((other / "result.json").read_text(encoding="utf-8"))
     result["teacher"]["model"] = "somebody/else"
-    (other / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    write_json(other / "result.json", seal(result))
     with pytest.raises(UserError, match="runs of one teacher, found .*somebody/else"):
         gather([bare, other])
     monkeypatch.setitem(sys.modules, "plotly.offline", None)

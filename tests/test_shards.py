@@ -21,6 +21,8 @@ from distill import shards
 from distill.config import TargetsConfig, UserError
 from distill.corpus import lane_order
 from distill.job import TeacherAndText
+from distill.sealed import seal
+from distill.session import sha256
 from distill.shards import HELD, Remote, Shards
 from distill.targets import CachedTargets, shard_file
 
@@ -85,8 +87,7 @@ def test_a_checksum_is_taken_once(
     parts, first = built
     assert isinstance(first.folder, Path)
     taken: list[str] = []
-    checksum = shards.checksum
-    monkeypatch.setattr(shards, "checksum", lambda file: taken.append(file.name) or checksum(file))
+    monkeypatch.setattr(shards, "sha256", lambda file: taken.append(file.name) or sha256(file))
     count = len(first.manifest["shards"])
     assert count > 30
     parts.cached_targets()
@@ -177,11 +178,11 @@ def test_what_is_wrong_with_a_remote_cache_is_said(
 
     manifest = json.loads(in_memory.cat_file("/targets/targets.json"))
     del manifest["shards"]["3"]
-    in_memory.pipe_file("/targets/targets.json", json.dumps(manifest).encode())
+    in_memory.pipe_file("/targets/targets.json", json.dumps(seal(manifest)).encode())
     with pytest.raises(UserError, match=r"lacks 1 of \d+ shards, the first data/train-00003.arrow; .* read only"):
         at(parts, "memory://targets")
     manifest["identity"]["corpus"] = "other"
-    in_memory.pipe_file("/targets/targets.json", json.dumps(manifest).encode())
+    in_memory.pipe_file("/targets/targets.json", json.dumps(seal(manifest)).encode())
     with pytest.raises(UserError, match="memory://targets belong to another run"):
         at(parts, "memory://targets")
     with pytest.raises(UserError, match="memory://nowhere/targets.json cannot be read: FileNotFoundError"):
@@ -199,7 +200,8 @@ def test_what_is_wrong_with_a_remote_cache_is_said(
 
     monkeypatch.setattr(type(in_memory), "get_file", unsteady)
     remote = Remote("memory://targets", remote_place(parts))
-    assert remote.shard(shard_file(0), local.manifest["shards"]["0"], ["hidden"])["hidden"].shape[0] > 0
+    columns = remote.shard(shard_file(0), local.manifest["shards"]["0"], local.layout.features.arrow_schema)
+    assert len(columns["hidden"]) > 0
 
 
 def test_a_missing_reader_of_s3_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,13 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import WORDS, World
+from conftest import World
 from transformers import AutoTokenizer
 
+from benchmarks.tiny import WORDS
 from distill import stream
 from distill.config import CorpusConfig, UserError
 from distill.corpus import Blocks, Encoder, load_corpus
 from distill.documents import TextStream
+from distill.job import run
+from distill.recipe import load_recipe
 from distill.stream import BlockStream
 
 T, C, LANES = 8, 4, 4
@@ -68,7 +71,7 @@ def configure(source: Path, cache: Path, **fields: Any) -> CorpusConfig:
 def open_stream(config: CorpusConfig, world: World, lanes: int = LANES, accelerator: Any = None) -> BlockStream:
     tokenizer = AutoTokenizer.from_pretrained(world.teacher)
     sample = load_corpus(config, tokenizer, progress=False)
-    head = Blocks(sample.train, T, C, config.reset_at_documents)
+    head = Blocks(sample.train, config.block_length, C, config.reset_at_documents)
     return BlockStream(config, tokenizer, sample, head, lanes=lanes, seed=0, accelerator=accelerator)
 
 
@@ -103,6 +106,15 @@ def test_a_stream_has_the_blocks_of_the_stored_text(shards: Path, world: World, 
     for number, block in found.items():
         batch = blocks.batch([number])
         assert same(block, {name: value[0].numpy() for name, value in vars(batch).items()}), number
+
+
+def test_the_closing_separator_is_the_last_label(shards: Path, world: World, tmp_path: Path) -> None:
+    """With blocks that leave nothing over, one would be lost without it."""
+    plain = CorpusConfig(source=str(shards), cache_dir=tmp_path, validation_fraction=0.1)
+    targets = len(load_corpus(plain, AutoTokenizer.from_pretrained(world.teacher), progress=False).train.tokens) - 1
+    length = next(length for length in range(2, targets) if targets % length == 0)
+    found = dict(epoch_of(open_stream(configure(shards, tmp_path, block_length=length), world, lanes=1)))
+    assert len(found) == targets // length and found[len(found) - 1]["labels_BT"][-1] == 0
 
 
 def test_rows_walk_over_windows_and_epochs(shards: Path, world: World, tmp_path: Path) -> None:
@@ -246,6 +258,22 @@ def test_a_changed_text_and_wrong_files_are_refused(world: World, tmp_path: Path
         TextStream(configure(tmp_path / "a.json", tmp_path))
     with pytest.raises(UserError, match="at least 4000 blocks, one a lane, found"):
         open_stream(config, world, lanes=4000).row(0)
+
+
+def test_a_run_goes_on_from_the_position_in_its_checkpoint(world: World, tmp_path: Path) -> None:
+    stage = json.dumps({"objective": "cross_entropy", "length": {"steps": 3}})
+    overrides = ["corpus.streaming=true", "control=false", f"stages=[{stage}]", f"run.output_dir={tmp_path}"]
+    recipe = load_recipe(str(world.recipe), overrides)
+    result = run(recipe)
+    assert result["corpus"]["streaming"]
+    file = recipe.folder / "checkpoints" / "student" / "step-00000003" / "state.json"
+    state = json.loads(file.read_text())
+    assert state["stream"]["corpus"] == result["corpus"]["fingerprint"] and state["stored_steps"] == 0
+    state["stream"]["corpus"] = "another text"
+    file.write_text(json.dumps(state))
+    (recipe.folder / "result.json").unlink()
+    with pytest.raises(UserError, match="has changed since the checkpoint was written"):
+        run(recipe)
 
 
 def test_hub_data_sets_are_streamed(

@@ -24,6 +24,7 @@ from distill.config import Recipe, TargetsConfig, UserError
 from distill.corpus import BlockBatch, Blocks
 from distill.job import TeacherAndText, run, start_accelerator
 from distill.recipe import load_recipe
+from distill.sealed import seal
 from distill.signals import DenseSignal, HiddenSignal, SparseSignal
 from distill.targets import CachedTargets, make_encoding, shard_file
 
@@ -182,7 +183,7 @@ def test_a_newer_format_and_a_broken_manifest_are_refused(world: World, tmp_path
     parts.cached_targets()
     file = tmp_path / "targets.json"
     manifest = json.loads(file.read_text())
-    file.write_text(json.dumps({**manifest, "format": 99}))
+    file.write_text(json.dumps(seal({**manifest, "format": 99})))
     with pytest.raises(UserError, match="expected format 1, found 99"):
         parts.cached_targets()
     file.write_text("{")

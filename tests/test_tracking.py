@@ -100,6 +100,28 @@ def test_evaluations_go_into_the_same_run(world: World, tmp_path: Path) -> None:
         assert any(part in key for key in logged), logged
 
 
+HANGING = """
+import sys, time
+import accelerate.tracking
+import distill.tracking
+distill.tracking.START_SECONDS = distill.tracking.FINISH_SECONDS = 0.5
+accelerate.tracking.WandBTracker.__init__ = lambda *_, **__: time.sleep(600)
+import atexit
+atexit.register(time.sleep, 600)  # as its library waits for its service
+from distill.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_hanging_tracker_stops_nothing(world: World, tmp_path: Path) -> None:
+    """Neither the run nor its end."""
+    arguments = (str(world.recipe), f"run.output_dir={tmp_path}", "tracking.tracker=wandb", "control=false")
+    run = run_command(*arguments, launcher=("-c", HANGING), timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("tracking stops here, the run goes on: TimeoutError") == 1
+    assert result_of(tmp_path / "tiny")["student"]["tokens"] > 0
+
+
 @pytest.mark.parametrize("place", ["start", "log"])
 def test_a_failing_tracker_stops_nothing(world: World, tmp_path: Path, place: str) -> None:
     """A stand-in for wandb that raises, at the start or at the first row."""

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, World, result_of, run_command, save_llama
+from conftest import World, result_of, run_command, save_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from benchmarks.tiny import WORDS
 from distill.config import TeacherConfig, UserError
 from distill.teacher import load_teacher
 from distill.vocabulary import trim_tokenizer
