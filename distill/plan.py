@@ -6,11 +6,11 @@ The parts of a run are measured, each for a few seconds: the teacher (or the end
 soft targets, steps of each stage and of the control, a checkpoint, a validation, decoding. `predict` adds them up as
 the recipe says, part by part under the names that `wall_seconds` has in `result.json`.
 
-What is assumed: A cache is built from nothing. No stage ends early (`evaluation.patience`), and every validation is the
-best so far, so that its weights are saved. With n devices the work on tokens goes n times as fast as on this one, times
-`--efficiency`; starting, loading, decoding, and stages that are given in minutes take what they take here. An endpoint
-answers as fast as it does here, however many devices train. Memory is the peak of this process with all lanes of a
-micro-batch; devices that share the lanes need less.
+What is assumed: A cache is built from nothing, unless it is read from elsewhere. No stage ends early
+(`evaluation.patience`), and every validation is the best so far, so that its weights are saved. With n devices the work
+on tokens goes n times as fast as on this one, times `--efficiency`; starting, loading, decoding, and stages that are
+given in minutes take what they take here. An endpoint answers as fast as it does here, however many devices train.
+Memory is the peak of this process with all lanes of a micro-batch; devices that share the lanes need less.
 """
 
 from __future__ import annotations
@@ -181,7 +181,7 @@ def measure(
 
     lanes, length = recipe.run.batch_size, recipe.corpus.block_length
     sample = parts.cached_blocks.first(max(lanes if recipe.targets.cache else 1, math.ceil(SAMPLE_TOKENS / length)))
-    config = recipe.targets.model_copy(update={"cache": True, "cache_dir": folder / "cache", "repo": None})
+    config = recipe.targets.model_copy(update={"cache": True, "cache_dir": str(folder / "cache"), "repo": None})
     cached = open_targets(
         config, teacher, corpus, sample, accelerator, batch_tokens=evaluation.batch_tokens, endpoint=recipe.endpoint
     )
@@ -253,7 +253,8 @@ def forecast(recipe: Recipe, measured: Measured, devices: int = 1, efficiency: f
     speed = 1.0 if devices == 1 else devices * efficiency
     asking_speed = 1.0 if recipe.endpoint else speed
     cache = measured.target_tokens / measured.targets_rate / asking_speed
-    targets = cache if recipe.targets.cache else 0.0
+    ready = recipe.targets.repo or recipe.targets.is_remote  # it is read from elsewhere
+    targets = cache if recipe.targets.cache and not ready else 0.0
     validating = measured.validation / speed + measured.best
     trained, steps, in_teacher = measured.groundwork / speed, 0, 0.0
     saving, validations = 0.0, 0

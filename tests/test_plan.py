@@ -69,6 +69,8 @@ def test_a_cache_and_a_control_by_tokens() -> None:
     found = forecast(recipe(targets={"cache": True}, control={"match": "tokens"}), MEASURED)
     assert found["parts"]["targets"] == 50
     assert found["parts"]["control"] == pytest.approx(340 * 0.2 + 6 * 1.0 + 9 * 5.0)
+    fetched = forecast(recipe(targets={"cache": True, "repo": "me/targets"}), MEASURED)
+    assert fetched["parts"]["targets"] == 0
     alone = forecast(recipe(targets={"cache": True}, control=False), replace(MEASURED, control=None))
     assert "control" not in alone["parts"] and alone["shares"]["control"] == 0
 

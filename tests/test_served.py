@@ -88,6 +88,31 @@ def test_targets_are_those_of_the_local_teacher(
 
 
 @pytest.mark.parametrize("kind", ["vllm", "llama_cpp"])
+def test_long_documents_are_read_in_stretches(
+    world: World, server: CompletionServer, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each label's row is what the model says at its place in its stretch, also where a stretch goes on in a shard."""
+    monkeypatch.setattr("distill.targets.SHARD_TOKENS", 200)
+    narrow = ("teacher.context=6", "endpoint.window=16")
+    parts = open_parts(world, server, tmp_path, *narrow, kind=kind)
+    blocks = parts.cached_blocks
+    found = parts.cached_targets().signal(blocks.batch(np.arange(len(blocks))))
+    assert isinstance(found, SparseSignal)
+    stretches = cut(blocks, 16)
+    assert len(stretches) > 2 * (blocks.starts < len(blocks) * blocks.block_length).sum()
+    asked = 0
+    for start, stop, first in stretches.tolist():
+        after = server.logprobs(blocks.tokens[start : stop + 1].tolist()).exp()
+        for position in range(first, min(stop, len(found.ids_NK)) + 1):
+            row = dict(zip(found.ids_NK[position - 1].tolist(), found.probs_NK[position - 1].tolist(), strict=True))
+            expected = after[position - 1 - start]
+            assert all(p == pytest.approx(expected[token].item(), abs=1e-3) for token, p in row.items() if p)
+            asked += bool(sum(row.values()) > 0.1)
+    assert asked > 0.9 * len(found.ids_NK)
+    assert len(server.requests) <= len(stretches) + 3, "none is asked for twice"
+
+
+@pytest.mark.parametrize("kind", ["vllm", "llama_cpp"])
 def test_faults_lose_nothing(
     world: World, server: CompletionServer, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
