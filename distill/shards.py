@@ -158,7 +158,7 @@ class Checked:
         self.file = folder / CHECKED
         try:
             found = {} if anew else json.loads(self.file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             found = {}
         self.stamps: dict[str, list[Any]] = found if isinstance(found, dict) else {}
         self.added: dict[str, list[Any]] = {}  # by this process

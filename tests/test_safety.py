@@ -35,6 +35,7 @@ from distill.redact import STARS, redact
 from distill.result import read_result
 from distill.sealed import damage, read_sealed, seal
 from distill.session import open_session
+from distill.shards import Checked
 from distill.targets import MANIFEST, CachedTargets, _collect, _download, read_manifest, shard_file
 from distill.teacher import load_language_model
 from distill.torch_decoder import load_student
@@ -132,6 +133,7 @@ READERS: dict[str, tuple[str | Callable[[Path], Path], Callable[[Path], Any]]] =
         lambda f: Checkpoints(checkpoint(f).parent, 2).latest(),
     ),
     "manifest": (f"targets/{MANIFEST}", lambda folder: read_manifest(folder / "targets")),
+    "stamps": ("targets/.checked.json", lambda folder: Checked(folder / "targets")),
     "record": ("targets/building/00000.json", lambda f: _collect(f / "targets", read_manifest(f / "targets"))),
     "shard": (f"targets/{shard_file(0)}", shard),
     "corpus": (in_corpus("corpus.json"), stored_corpus),
