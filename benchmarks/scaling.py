@@ -113,7 +113,7 @@ class Worker:
 
     def targets(self, folder: Path, tokens: int) -> tuple[Any, Any]:
         blocks = cached_blocks(self.parts.blocks, tokens)
-        config = TargetsConfig(signal="hidden", cache=True, cache_dir=folder)
+        config = TargetsConfig(signal="hidden", cache=True, cache_dir=str(folder))
         built = open_targets(
             config, self.parts.teacher, self.parts.corpus, blocks, self.accelerator,
             batch_tokens=self.recipe.evaluation.batch_tokens,
