@@ -220,6 +220,7 @@ def measure(
     validator(network)
     validation = clock.lap() / share
     training.checkpoints.save_best(0, network)
+    training.checkpoints.wait()
     best = clock.lap()
     models = ((parts.whole_teacher, parts.whole_corpus), (wrap(network, teacher.tokenizer, "student"), corpus))
     rates = [decode_speed(model, text.separator_id, 0.0, CONTINUATION) for model, text in models]

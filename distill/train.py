@@ -214,6 +214,7 @@ class Training:
             steps += 1
         total, began = time.perf_counter() - began, time.perf_counter()
         self._save(optimizer)
+        self._all_saved()
         saving = time.perf_counter() - began
         return Rehearsal(total / steps, teacher_seconds / steps, metric_seconds, saving)
 
