@@ -45,6 +45,7 @@ NOT_COMPARED = {
     "README.md",
     "published.json",
     "inputs.json",
+    ".checked.json",
 }
 # What publishing adds to a student: compared on the hub, and with the weights whenever it is read.
 DERIVED = {"model.onnx", "model_int8.onnx", "model_int8.safetensors", "decoder.onnx", "decoder.safetensors"}
