@@ -195,7 +195,12 @@ def damaged_checkpoint(trial: Trial) -> None:
         trial.outcome.detail = str(path.relative_to(trial.disk))
         data = bytearray(path.read_bytes())
         data[trial.rng.randrange(len(data))] ^= 255
-        trial.rng.choice([lambda: path.write_bytes(data), path.unlink, lambda: os.truncate(path, len(data) // 2)])()
+        harms: list[Callable[[], object]] = [
+            lambda: path.write_bytes(data),
+            lambda: path.unlink(),
+            lambda: os.truncate(path, len(data) // 2),
+        ]
+        trial.rng.choice(harms)()
 
 
 # -------------------------------------------------------------------- the world around
