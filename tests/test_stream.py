@@ -29,6 +29,7 @@ from distill.corpus import Blocks, Encoder, load_corpus
 from distill.documents import TextStream
 from distill.job import run
 from distill.recipe import load_recipe
+from distill.sealed import write_checksums
 from distill.stream import BlockStream
 
 T, C, LANES = 8, 4, 4
@@ -271,6 +272,7 @@ def test_a_run_goes_on_from_the_position_in_its_checkpoint(world: World, tmp_pat
     assert state["stream"]["corpus"] == result["corpus"]["fingerprint"] and state["stored_steps"] == 0
     state["stream"]["corpus"] = "another text"
     file.write_text(json.dumps(state))
+    write_checksums(file.parent)
     (recipe.folder / "result.json").unlink()
     with pytest.raises(UserError, match="has changed since the checkpoint was written"):
         run(recipe)
