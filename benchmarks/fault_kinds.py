@@ -195,7 +195,13 @@ def damaged_checkpoint(trial: Trial) -> None:
         trial.outcome.detail = str(path.relative_to(trial.disk))
         data = bytearray(path.read_bytes())
         data[trial.rng.randrange(len(data))] ^= 255
-        trial.rng.choice([lambda: path.write_bytes(data), path.unlink, lambda: os.truncate(path, len(data) // 2)])()
+        match trial.rng.choice(["changed", "missing", "cut"]):
+            case "changed":
+                path.write_bytes(data)
+            case "missing":
+                path.unlink()
+            case _:
+                os.truncate(path, len(data) // 2)
 
 
 # -------------------------------------------------------------------- the world around
