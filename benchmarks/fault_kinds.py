@@ -195,12 +195,13 @@ def damaged_checkpoint(trial: Trial) -> None:
         trial.outcome.detail = str(path.relative_to(trial.disk))
         data = bytearray(path.read_bytes())
         data[trial.rng.randrange(len(data))] ^= 255
-        harms: list[Callable[[], object]] = [
-            lambda: path.write_bytes(data),
-            lambda: path.unlink(),
-            lambda: os.truncate(path, len(data) // 2),
-        ]
-        trial.rng.choice(harms)()
+        match trial.rng.choice(["changed", "missing", "cut"]):
+            case "changed":
+                path.write_bytes(data)
+            case "missing":
+                path.unlink()
+            case _:
+                os.truncate(path, len(data) // 2)
 
 
 # -------------------------------------------------------------------- the world around
