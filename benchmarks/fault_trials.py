@@ -100,7 +100,7 @@ class Attempt:
             return "traceback: " + self.text.strip().splitlines()[-1]
         if self.code == 2 and len(errors) != 1:
             return f"exit code 2 with {len(errors)} messages"
-        if self.code not in (0, 2, -signal.SIGKILL, *(sign * s for s in (2, 15) for sign in (-1,)), 130, 143):
+        if self.code not in (0, 2, 130, 143, -signal.SIGKILL, -signal.SIGINT, -signal.SIGTERM):
             return f"exit code {self.code}"
         return ""
 

@@ -32,7 +32,6 @@ from distill import launch
 from distill.command import guarded
 from distill.config import StageConfig, TargetsConfig, UserError
 from distill.job import TeacherAndText, leave, start_accelerator
-from distill.objective import Objective
 from distill.recipe import load_recipe
 from distill.targets import cached_blocks, open_targets
 from distill.train import Training
@@ -88,15 +87,13 @@ class Worker:
             "scaling", recipe=recipe, stages=(stage,), student=student, blocks=blocks, teacher=teacher,
             validate=unused, accelerator=self.accelerator, tracker=unused, targets=targets,
         )  # fmt: skip
-        model, optimizer = training._prepare(stage)
-        training.sampler = training._sampler(stage)
-        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta)
+        _, take_step = training.begin(stage)
         began = 0.0
         for number in range(steps):
             if number == WARM_UP:
                 self.meet("train")
                 began = time.perf_counter()
-            training._step(model, optimizer, stage, objective)
+            take_step()
             training._agree(0.0, 0)
             training.progress.now.steps += 1
         self.accelerator.wait_for_everyone()

@@ -34,6 +34,7 @@ import numpy as np
 import yaml
 
 from benchmarks.report import FOLDER, finish, print_table
+from benchmarks.tiny import save_llama, save_tokenizer
 from distill.checkpoint import write_atomically
 from distill.command import guarded
 from distill.config import UserError
@@ -62,26 +63,6 @@ def make_text(folder: Path, megabytes: int) -> None:
             size += len(texts[-1])
         pyarrow.parquet.write_table(pa.table({"text": texts}), partial := folder / "partial", row_group_size=1000)
         partial.rename(file)
-
-
-def make_teacher(folder: Path) -> None:
-    """A tiny random Llama whose tokens are the words."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.WordLevel({word: n for n, word in enumerate(["<end>", *WORDS])}, "<end>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 1,
-    }
-    ids: dict[str, Any] = {"eos_token_id": 0, "bos_token_id": 0, "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(WORDS) + 1, **sizes, **ids)).save_pretrained(folder)
 
 
 def write_recipe(folder: Path, text: Path, teacher: Path, **sections: dict[str, Any]) -> Path:
@@ -196,7 +177,8 @@ def _slope(shorter: dict[str, Any], longer: dict[str, Any]) -> float:
 def benchmark(options: argparse.Namespace) -> None:
     folder = FOLDER.resolve() / "streaming"
     sizes = sorted(options.megabytes)
-    make_teacher(folder / "teacher")
+    save_tokenizer(folder / "teacher", WORDS)
+    save_llama(folder / "teacher", vocab_size=len(WORDS) + 2, num_hidden_layers=1, max_position_embeddings=2048)
     corpus = {"streamed": {"streaming": True, "sample_documents": SAMPLE, "shuffle_buffer": SAMPLE}, "stored": {}}
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in WAYS}
     for size in sizes:

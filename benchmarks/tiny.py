@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,18 @@ class World:
     recipe: Path
 
 
+def save_tokenizer(folder: Path, words: Sequence[str]) -> None:
+    """A token for the end of a document, one for unknown words, and one for each word."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(["<|end|>", "<|unk|>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {"eos_token": "<|end|>", "unk_token": "<|unk|>", "pad_token": "<|end|>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+
+
 def save_llama(folder: Path, seed: int = 0, **sizes: Any) -> None:
     """A tiny random Llama, for a tokenizer whose first token ends documents."""
     import torch
@@ -76,21 +89,13 @@ def save_llama(folder: Path, seed: int = 0, **sizes: Any) -> None:
 
 def make_world(folder: Path) -> World:
     """Write teacher, text and recipe into a folder that exists."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     rng = random.Random(0)
     documents = [" ".join(rng.choices(WORDS, k=rng.randint(5, 40))) for _ in range(400)]
     text = folder / "text.jsonl"
     text.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents), encoding="utf-8")
 
-    vocabulary = {token: index for index, token in enumerate(["<|end|>", "<|unk|>", *WORDS])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<|unk|>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     teacher = folder / "teacher"
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|end|>", unk_token="<|unk|>", pad_token="<|end|>"
-    ).save_pretrained(teacher)
+    save_tokenizer(teacher, WORDS)
     save_llama(teacher, vocab_size=64, initializer_range=0.2)  # padded: the tokenizer has fewer
 
     recipe = folder / "tiny.yaml"

@@ -32,6 +32,7 @@ from rich.progress import Progress, TextColumn
 
 from distill.config import CorpusConfig, UserError
 from distill.packaged import PREFIX, resolve_package
+from distill.session import sha256
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1000, 4_000_000  # tokenised at once, whichever is reached first
@@ -212,15 +213,15 @@ def _digest(files: list[Path], ends_alone: bool) -> str:
     parts: list[tuple[object, ...]] = []
     for file in files:
         try:
+            if not ends_alone:
+                parts.append((file.suffix, sha256(file)))
+                continue
             with file.open("rb") as stream:
-                if ends_alone:
-                    ends = hashlib.sha256(stream.read(END_BYTES))
-                    size = stream.seek(0, io.SEEK_END)
-                    stream.seek(max(size - END_BYTES, 0))
-                    ends.update(stream.read())
-                    parts.append((file.suffix, size, ends.hexdigest()))
-                else:
-                    parts.append((file.suffix, hashlib.file_digest(stream, "sha256").hexdigest()))
+                ends = hashlib.sha256(stream.read(END_BYTES))
+                size = stream.seek(0, io.SEEK_END)
+                stream.seek(max(size - END_BYTES, 0))
+                ends.update(stream.read())
+                parts.append((file.suffix, size, ends.hexdigest()))
         except OSError as error:
             raise UserError(f"corpus.source: {file}: cannot be read: {error}") from error
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -39,7 +39,7 @@ from distill.sharding import requested_engine
 from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
 from distill.targets import CachedTargets, LiveTargets, Targets, cached_blocks, make_encoding, open_targets
-from distill.teacher import LanguageModel, hardware_has_bf16, hash_weights, load_teacher, resolve_model, wrap
+from distill.teacher import LanguageModel, hardware_has_bf16, load_teacher, resolve_model, wrap
 from distill.tracking import Tracker
 from distill.train import Training, micro_batch_size
 from distill.transplant import build_student
@@ -91,7 +91,7 @@ class _Job:
         with self._timed("teacher_and_text"):
             parts = TeacherAndText(recipe, self.accelerator)
             teacher, corpus = parts.teacher, parts.corpus  # over the student's vocabulary
-            weights = hash_weights(parts.whole_teacher.model)  # by all processes, where it is spread over them
+            weights = parts.whole_teacher.weights_hash  # by all processes, where it is spread over them
             if self.accelerator.is_main_process:
                 _claim_inputs(recipe.folder, parts, weights)
         with self._timed("teacher_validation"):

@@ -222,7 +222,8 @@ def measure(
     training.checkpoints.save_best(0, network)
     training.checkpoints.wait()
     best = clock.lap()
-    models = ((parts.whole_teacher, parts.whole_corpus), (wrap(network, teacher.tokenizer, "student"), corpus))
+    student = wrap(network, teacher.tokenizer, "student")
+    models = ((parts.whole_teacher, parts.whole_corpus), (student, corpus))
     rates = [decode_speed(model, text.separator_id, 0.0, CONTINUATION) for model, text in models]
     return Measured(
         start=started,
@@ -241,7 +242,7 @@ def measure(
         train_tokens=tokens or len(parts.blocks) * length,
         tokens_per_step=training.tokens_per_step,
         teacher_bytes=teacher.weight_bytes,
-        student_bytes=_training_bytes(wrap(network, teacher.tokenizer, "student")),
+        student_bytes=_training_bytes(student),
         peak_bytes=_peak_bytes(),
     )
 

@@ -36,9 +36,8 @@ def environment_secrets() -> list[str]:
     """Values of environment variables whose names say that they are secret, longest first."""
     values = {value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST}
     # A variable such as TOKENIZERS_PARALLELISM=disabled or SSH_KEY_PATH=/home/me holds no secret.
-    return sorted((v for v in values if not v.startswith(("/", ".")) and not (v.isalpha() and len(v) < 16)), key=len)[
-        ::-1
-    ]
+    likely = (v for v in values if not v.startswith(("/", ".")) and not (v.isalpha() and len(v) < 16))
+    return sorted(likely, key=len, reverse=True)
 
 
 class Redacted(logging.Formatter):

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 from rich.markup import escape
 
 from distill.checkpoint import write_atomically
 from distill.config import UserError
 from distill.output import print_table
-from distill.sealed import changed, read_sealed
+from distill.sealed import changed, check, read_sealed
 
 logger = logging.getLogger(__name__)
 Points = list[dict[str, Any]]
@@ -96,16 +96,12 @@ def read_result(folder: Path) -> dict[str, Any]:
     file = folder / "result.json"
     try:
         result = read_sealed(file)
-        _Result.model_validate(result)
+        check(result, _Result)
     except FileNotFoundError:
         raise UserError(f"{folder}: expected a finished run with its result.json, found none") from None
     except (OSError, ValueError) as error:
-        problem: Any = error
-        if isinstance(error, ValidationError):
-            first = error.errors()[0]
-            problem = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise UserError(
-            f"{file}: expected the result of a run, found it damaged ({problem}); delete it and run the recipe again, "
+            f"{file}: expected the result of a run, found it damaged ({error}); delete it and run the recipe again, "
             "which goes on from the last checkpoint"
         ) from None
     return result

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from distill.session import sha256
 
 KEY = "checksum"
@@ -41,6 +43,15 @@ def unseal(text: str) -> dict[str, Any]:
     if expected not in (None, _digest(content)):
         raise ValueError("its checksum differs")
     return content
+
+
+def check(content: Mapping[str, Any], model: type[BaseModel]) -> None:
+    """ValueError that names the first few fields in which content is not what a model describes."""
+    try:
+        model.model_validate(content)
+    except ValidationError as error:
+        wrong = (f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}" for problem in error.errors()[:3])
+        raise ValueError("; ".join(wrong)) from None
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -194,9 +194,9 @@ def sample(logits_NV: Tensor, k: int, temperature: float, offsets_N: Tensor) -> 
     mass_NLG = _grouped(mass_NV, 0.0)
     groups_NG = mass_NLG.sum(1).cumsum_(-1)
     spacing_N1 = groups_NG[:, -1:] / (k - certain_N1)
-    group_NK, rest_NK = _find((order_K - certain_N1 + offsets_N[:, None]) * spacing_N1, groups_NG)
+    group_NK, inside_NK = _find((order_K - certain_N1 + offsets_N[:, None]) * spacing_N1, groups_NG)
     members_NKL = mass_NLG.transpose(1, 2).take_along_dim(group_NK[..., None], 1)
-    place_NK1, _ = _find(rest_NK[..., None], members_NKL.cumsum_(-1))
+    place_NK1, _ = _find(inside_NK[..., None], members_NKL.cumsum_(-1))
     drawn_NK = (place_NK1[..., 0] * groups_NG.shape[-1] + group_NK).clamp_max(logits_NV.shape[-1] - 1)
     return SparseSignal(
         ids_NK=torch.where(is_certain_NK, ids_NK, drawn_NK),

@@ -39,7 +39,7 @@ import pyarrow as pa
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -47,12 +47,12 @@ from distill.checkpoint import clear_leftovers, write_atomically, write_json
 from distill.config import EndpointConfig, TargetsConfig, UserError
 from distill.corpus import BlockBatch, Blocks, Corpus, cache_root, hash_tokenizer
 from distill.redact import redact
-from distill.sealed import read_sealed, seal, unseal
+from distill.sealed import check, read_sealed, seal, unseal
 from distill.served import ServedTeacher
 from distill.session import sha256
 from distill.shards import Checked, Columns, Remote, Shards, map_shard
 from distill.signals import DenseSignal, Encoding, Head, HiddenSignal, Signal, SparseSignal
-from distill.teacher import LanguageModel, hash_weights
+from distill.teacher import LanguageModel
 
 FORMAT = 1
 MANIFEST = "targets.json"
@@ -112,12 +112,9 @@ def parse_manifest(text: str, where: str) -> dict[str, Any]:
                 f"{file}: expected format {FORMAT}, found {manifest.get('format')!r}; it was written by another "
                 "version of potstill: update, or choose another targets.cache_dir"
             )
-        _Manifest.model_validate(manifest)
+        check(manifest, _Manifest)
     except ValueError as error:
-        reason: Any = error
-        if isinstance(error, ValidationError):
-            reason = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:3])
-        raise UserError(f"{file}: expected the manifest of cached targets, found {reason}; delete the folder") from None
+        raise UserError(f"{file}: expected the manifest of cached targets, found {error}; delete the folder") from None
     return manifest
 
 
@@ -167,7 +164,7 @@ class LocalTeacher:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"teacher_weights": hash_weights(self.teacher.model), "window": self.window}
+        return {"teacher_weights": self.teacher.weights_hash, "window": self.window}
 
     def signals(self, shards: Sequence[np.ndarray]) -> Iterator[Iterable[Signal]]:
         step = max(1, self.batch_tokens // self.window)

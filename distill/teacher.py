@@ -17,6 +17,7 @@ import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -32,6 +33,7 @@ from distill.config import TeacherConfig, UserError
 from distill.corpus import BlockBatch, cache_root
 from distill.packaged import resolve_package
 from distill.sealed import damage, write_checksums
+from distill.session import sha256
 from distill.sharding import (
     Engine,
     Lockstep,
@@ -107,6 +109,16 @@ class LanguageModel:
         """Input embeddings of the tokens that exist. Collective where they lie in shards."""
         weight_Vd = whole(cast(Any, self.model.get_input_embeddings()).weight)
         return weight_Vd[: self.vocab_size] if self.kept_ids_V is None else weight_Vd[self.kept_ids_V]
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """sha256 of all parameters as loaded: names, types and values. Collective where they lie in shards."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(each_parameter(self.model)):
+            values = whole(parameter)
+            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+            digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def trimmed(self, tokenizer: PreTrainedTokenizerBase, kept_ids: np.ndarray) -> LanguageModel:
         """This model over a part of its vocabulary, with the tokenizer for it."""
@@ -304,11 +316,8 @@ def _check_index(file: Path, who: str) -> None:
 
 def _convert_gguf(path: Path, role: str) -> Path:
     """Dequantise a GGUF file once into a plain folder (bf16) in the cache; parsing one takes 20 s, a folder 1 s."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 24):
-            digest.update(chunk)
-    folder = cache_root() / "gguf" / f"{path.stem}-{digest.hexdigest()[:16]}"
+    digest = sha256(path)
+    folder = cache_root() / "gguf" / f"{path.stem}-{digest[:16]}"
     if folder.is_dir():
         if not (problem := damage(folder)):
             return folder
@@ -339,21 +348,11 @@ def _convert_gguf(path: Path, role: str) -> Path:
     def save(target: Path) -> None:
         plain.save_pretrained(target)
         tokenizer.save_pretrained(target)
-        (target / "source.json").write_text(json.dumps({"file": path.name, "sha256": digest.hexdigest()}))
+        (target / "source.json").write_text(json.dumps({"file": path.name, "sha256": digest}))
         write_checksums(target)
 
     write_atomically(folder, save, "POTSTILL_CACHE")
     return folder
-
-
-def hash_weights(network: torch.nn.Module) -> str:
-    """sha256 of all parameters as loaded: names, types and values. Collective where they lie in shards."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(each_parameter(network)):
-        values = whole(parameter)
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-        digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _resolve_dtype(dtype: str, device: torch.device) -> str:

@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ from distill.torch_decoder import load_student
 from distill.tracking import VALIDATION_FIGURES, Tracker
 
 logger = logging.getLogger(__name__)
+Step = tuple[dict[str, Tensor], Tensor, float]  # the terms' sums of this process, the gradient norm, teacher's seconds
 
 
 @dataclass(frozen=True)
@@ -133,17 +134,7 @@ class Training:
 
     def _run_stage(self, stage: StageConfig, resumed: Path | None, stop: StopFlag) -> None:
         progress, accelerator = self.progress, self.accelerator
-        self.blocks = self._blocks_of(stage)
-        model, optimizer = self._prepare(stage)
-        if resumed is not None:
-            state = load_state(resumed)
-            if state["optimizer_groups"]:
-                restore_optimizer(optimizer, resumed, state)
-                _put(load_tensors(resumed, "model.safetensors"), self.aids)
-        with self._spending() if resumed is None else nullcontext():
-            metric = self.groundwork.metric(stage)
-        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta, metric)
-        self.sampler = self._sampler(stage)
+        optimizer, take_step = self.begin(stage, resumed)
         last_saved = Clock(**asdict(progress.now))
         with self._bar(stage) as bar:
             while True:
@@ -156,7 +147,7 @@ class Training:
                     group["lr"] = stage.learning_rate * factor
                 began = time.perf_counter()
                 logging_step = (now.steps + 1) % self.recipe.tracking.every == 0
-                sums, grad_norm, teacher_seconds = self._step(model, optimizer, stage, objective)
+                sums, grad_norm, teacher_seconds = take_step()
                 if logging_step and accelerator.device.type == "cuda":
                     torch.cuda.synchronize()  # so that the clock sees the work, not its queue
                 seconds, signum = self._agree(time.perf_counter() - began, stop.signum)
@@ -191,26 +182,36 @@ class Training:
         progress.done = progress.stage == len(self.stages)
         self._save(None)
 
+    def begin(self, stage: StageConfig, resumed: Path | None = None) -> tuple[Any, Callable[[], Step]]:
+        """Set a stage up, from its checkpoint if there is one: its optimizer, and what takes a step of it."""
+        self.blocks = self._blocks_of(stage)
+        model, optimizer = self._prepare(stage)
+        if resumed is not None:
+            state = load_state(resumed)
+            if state["optimizer_groups"]:
+                restore_optimizer(optimizer, resumed, state)
+                _put(load_tensors(resumed, "model.safetensors"), self.aids)
+        with self._spending() if resumed is None else nullcontext():
+            metric = self.groundwork.metric(stage)
+        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta, metric)
+        self.sampler = self._sampler(stage)
+        return optimizer, partial(self._step, model, optimizer, stage, objective)
+
     def rehearse(self, seconds: float) -> Rehearsal:
         """For a plan: what the stage at hand takes, from steps for so many seconds (two at least) after a warm-up.
 
         The steps move the place in the text, but no weight.
         """
-        stage = self.stages[self.progress.stage]
-        self.blocks = self._blocks_of(stage)
-        model, optimizer = self._prepare(stage)
+        spent = self.progress.now.seconds
+        optimizer, take_step = self.begin(self.stages[self.progress.stage])
+        metric_seconds = self.progress.now.seconds - spent
         for group in optimizer.param_groups:
             group["lr"] = 0.0
-        began = time.perf_counter()
-        metric = self.groundwork.metric(stage)
-        metric_seconds = time.perf_counter() - began
-        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta, metric)
-        self.sampler = self._sampler(stage)
-        self._step(model, optimizer, stage, objective)
+        take_step()
         steps, teacher_seconds, began = 0, 0.0, time.perf_counter()
         while steps < 2 or time.perf_counter() - began < seconds:
             self.progress.now.steps += 1
-            teacher_seconds += self._step(model, optimizer, stage, objective)[2]
+            teacher_seconds += take_step()[2]
             steps += 1
         total, began = time.perf_counter() - began, time.perf_counter()
         self._save(optimizer)
@@ -248,10 +249,8 @@ class Training:
 
     # ---------------------------------------------------------------- one step
 
-    def _step(
-        self, model: torch.nn.Module, optimizer: Any, stage: StageConfig, objective: Objective
-    ) -> tuple[dict[str, Tensor], Tensor, float]:
-        """One optimizer step over all lanes: the terms' sums of this process, the gradient norm, teacher's seconds."""
+    def _step(self, model: torch.nn.Module, optimizer: Any, stage: StageConfig, objective: Objective) -> Step:
+        """One optimizer step over all lanes."""
         accelerator, steps = self.accelerator, self.progress.now.steps
         # Dropout's random numbers follow from seed, step and process: nothing to save, nothing to restore.
         torch.manual_seed(((self.recipe.run.seed * 1_000_003 + steps) * 4_096 + accelerator.process_index) % 2**63)
