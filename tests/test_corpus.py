@@ -634,7 +634,7 @@ def test_reading_a_stored_text_does_not_fill_the_memory(tmp_path: Path) -> None:
     for first in range(0, len(blocks) - 31, 32):
         blocks.batch(np.arange(first, first + 32))
     assert resident() - before < 24
-    blocks.split.occurrences(1)
+    assert blocks.split.occurrences(1).tolist() == [2**25], "all pieces are counted"
     assert resident() - before < 24
 
 
@@ -745,6 +745,7 @@ def test_labels_are_the_next_inputs() -> None:
     blocks = Blocks(make_split(LENGTHS), 8, 4, True)
     batch = blocks.batch(np.arange(len(blocks)))
     assert torch.equal(batch.inputs_BT.flatten()[1:], batch.labels_BT.flatten()[:-1])
+    assert torch.equal(blocks.labels(np.arange(len(blocks))), batch.labels_BT), "asked for alone, they are the same"
 
 
 def test_last_token_is_a_label_and_never_lost() -> None:

@@ -246,6 +246,8 @@ def test_an_onnx_file_points_nowhere_else(places: Path, tmp_path: Path) -> None:
     model = onnx.load(str(student / "decoder.onnx"), load_external_data=False)
     model.metadata_props.add(key="../../x/y.safetensors", value="0")
     onnx.save(model, str(student / "decoder.onnx"))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "y.safetensors").write_bytes(b"would be compared, and refused")
     open_session(student / "decoder.onnx")
     shutil.move(student / "decoder.safetensors", tmp_path / "decoder.safetensors")
     for initializer in model.graph.initializer:

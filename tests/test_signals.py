@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from distill import signals
-from distill.signals import Encoding, Head, HiddenSignal, SparseSignal, largest, sample, top_k
+from distill.signals import Encoding, Head, HiddenSignal, SparseSignal, _find, largest, sample, top_k
 
 V, D = 40, 6
 
@@ -104,3 +104,10 @@ def test_draws_among_many_outcomes_follow_their_masses() -> None:
     sharp_1V = torch.zeros(1, 3000).index_fill_(1, torch.tensor([7]), 200.0)  # all mass on one: no other is drawn
     sharp = sample(sharp_1V, 8, 1.0, torch.tensor([0.5]))
     assert sharp.ids_NK[0, 0] == 7 and sharp.probs_NK[0].tolist() == pytest.approx([1.0, *[0.0] * 7])
+
+
+def test_a_point_at_the_end_finds_the_last_place_with_mass() -> None:
+    """Rounding can bring a point to the very sum, and places without mass may follow."""
+    place_NK, rest_NK = _find(torch.tensor([[0.5, 2.0, 3.0]]), torch.tensor([[0.0, 1.0, 2.0, 2.0]]))
+    assert place_NK.tolist() == [[1, 2, 2]]
+    torch.testing.assert_close(rest_NK, torch.tensor([[0.5, 1.0, 1.0]]))

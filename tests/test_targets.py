@@ -306,6 +306,7 @@ def test_a_cache_goes_to_the_hub_and_comes_back(world: World, tmp_path: Path) ->
         pushed = run_command(*common, built, "--push", "me/targets", launcher=cache, **environment)
         assert pushed.returncode == 0, pushed.stderr
         assert "token-of-me" not in pushed.stdout + pushed.stderr
+        assert "POST /api/datasets/me/targets/commit/main" in hub.requests, "as a data set, not as a model"
         files = hub.files("me/targets")
         assert hub.repos["me/targets"].private and ".lock" not in files
         assert files["targets.json"] == (tmp_path / "built" / "targets.json").read_bytes()
