@@ -23,7 +23,7 @@ from distill.corpus import lane_order
 from distill.job import TeacherAndText
 from distill.sealed import seal
 from distill.session import sha256
-from distill.shards import HELD, Remote, Shards
+from distill.shards import HELD, Remote, Shards, map_shard
 from distill.targets import CachedTargets, shard_file
 
 
@@ -78,6 +78,15 @@ def test_the_next_shard_is_fetched_before_it_is_needed() -> None:
     Shards(load, content, ahead=True).rows([(0, 1)])
     assert all(begun.acquire(timeout=20) for _ in range(2))
     assert set(threads) == {0, 1} and threading.current_thread() not in threads.values()
+
+
+def test_a_shard_with_other_columns_is_refused(built: tuple[TeacherAndText, CachedTargets]) -> None:
+    _, targets = built
+    assert isinstance(targets.folder, Path)
+    file, schema = targets.folder / shard_file(0), targets.layout.features.arrow_schema
+    assert map_shard(file, schema).keys() == targets.layout.columns.keys()
+    with pytest.raises(UserError, match=r"train-00000.arrow: its columns are not those of the manifest; delete it"):
+        map_shard(file, schema.remove(schema.get_field_index("scale")))
 
 
 def test_a_checksum_is_taken_once(
