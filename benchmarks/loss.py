@@ -3,10 +3,11 @@
     python -m benchmarks.loss --sizes 1024 --repeats 3
 
 *Eager* is what one writes first: all logits of both sides, `distill/losses.py`, autograd; in fp32, and under bf16
-autocast with the loss in fp32. *Fused* is `distill/fused.py` under bf16 autocast. The weight of a trained head is fp32;
-a frozen one, as in training, and the teacher's of a hidden signal have the type of the step. The *floor* is the matrix
-products alone, in bf16: logits, gradient of the student's output, of a trained head, and the teacher's logits of a
-hidden signal.
+autocast with the loss in fp32. *Fused* is `distill/fused.py` in the type that a training run takes: bf16 autocast, or
+fp32 where the hardware has no bf16 (there eager bf16 is left out: emulated products take minutes). The weight of a
+trained head is fp32; a frozen one, as in training, and the teacher's of a hidden signal have the type of the step. The
+*floor* is the matrix products alone, in that type: logits, gradient of the student's output, of a trained head, and the
+teacher's logits of a hidden signal.
 
 Every way of a case runs in turn within a repetition; medians are compared. Freed memory stays with the process, for all
 alike, as in a training run (`distill/job.py`). Memory is the peak resident set of a process of its own during one step,
@@ -37,11 +38,14 @@ from distill.fused import _ChunkedHeadLoss
 from distill.job import _keep_freed_memory
 from distill.objective import Objective
 from distill.signals import DenseSignal, Head, HiddenSignal, Signal, SparseSignal, concatenate, sample, top_k
+from distill.teacher import hardware_has_bf16
 
 V, D, K = 49152, 576, 64
 SIZES = (256, 1024, 2048, 8192)
 SIGNALS = ("dense", "hidden", "top-64", "sampled")
-WAYS = ("eager fp32", "eager bf16", "fused")
+DTYPE = torch.bfloat16 if hardware_has_bf16(torch.device("cpu")) else torch.float32
+EAGER = "eager bf16" if torch.bfloat16 == DTYPE else "eager fp32"  # in the type of the fused one
+WAYS = tuple(dict.fromkeys(("eager fp32", EAGER, "fused")))
 MATRICES = {"dense": 8, "hidden": 10, "top-64": 6, "sampled": 5}  # of (N, V) in fp32 that eager holds, at most
 OBJECTIVE = Objective({"forward_kl": 1.0})
 
@@ -54,19 +58,16 @@ class Case:
         self.z_Nd = torch.randn(tokens, D, generator=generator).requires_grad_()
         self.weight_Vd = nn.Parameter(torch.randn(V, D, generator=generator) * (2 / D**0.5), requires_grad=trained)
         self.labels_N = torch.randint(V, (tokens,), generator=generator)
-        self.weights: dict[torch.dtype, Tensor] = dict.fromkeys((torch.float32, torch.bfloat16), self.weight_Vd)
+        self.weights: dict[torch.dtype, Tensor] = dict.fromkeys((torch.float32, DTYPE), self.weight_Vd)
         if not trained:
-            self.weights[torch.bfloat16] = self.weight_Vd.detach().bfloat16()  # as the training loop keeps it
+            self.weights[DTYPE] = self.weight_Vd.detach().to(DTYPE)  # as the training loop keeps it
         self.kind = kind
         hidden_Nd = torch.randn(tokens, D, generator=generator)
         teacher_Vd = self.weight_Vd.detach() + torch.randn(V, D, generator=generator) / D**0.5
-        self.signals = {
-            torch.float32: self._signal(hidden_Nd, Head(teacher_Vd), generator),
-        }
+        signal = self._signal(hidden_Nd, Head(teacher_Vd), generator)
+        self.signals = dict.fromkeys((torch.float32, DTYPE), signal)
         if kind == "hidden":
-            self.signals[torch.bfloat16] = HiddenSignal(hidden_Nd.bfloat16(), Head(teacher_Vd.bfloat16()))
-        else:
-            self.signals[torch.bfloat16] = self.signals[torch.float32]
+            self.signals[DTYPE] = HiddenSignal(hidden_Nd.to(DTYPE), Head(teacher_Vd.to(DTYPE)))
 
     def _signal(self, hidden_Nd: Tensor, head: Head, generator: torch.Generator) -> Signal:
         if self.kind == "hidden":
@@ -85,7 +86,7 @@ class Case:
         return concatenate([made] * copies).rows(slice(len(hidden_Nd)), hidden_Nd.device)
 
     def loss(self, way: str) -> Tensor:
-        dtype = torch.float32 if way == "eager fp32" else torch.bfloat16
+        dtype = torch.float32 if way == "eager fp32" else DTYPE
         signal = self.signals[dtype]
         with torch.autocast("cpu", torch.bfloat16) if dtype == torch.bfloat16 else nullcontext():
             if way == "fused":
@@ -103,9 +104,9 @@ class Case:
 
     def floor(self) -> None:
         """The matrix products of a step, 512 tokens at a time, which is as fast as any."""
-        weight_Vd = self.weight_Vd.detach().bfloat16()
+        weight_Vd = self.weight_Vd.detach().to(DTYPE)
         for start in range(0, len(self.z_Nd), 512):
-            z_Nd = self.z_Nd.detach()[start : start + 512].bfloat16()
+            z_Nd = self.z_Nd.detach()[start : start + 512].to(DTYPE)
             logits_NV = z_Nd @ weight_Vd.t()
             if self.kind == "hidden":
                 z_Nd @ weight_Vd.t()
@@ -138,8 +139,8 @@ def time_case(tokens: int, trained: bool, kind: str, repeats: int) -> dict[str, 
                 found[name].append(elapsed)
     row: dict[str, Any] = {"tokens": tokens, "head": "trained" if trained else "frozen", "signal": kind}
     row |= {f"{name.replace(' ', '_')}_ms": 1e3 * median(values) for name, values in found.items()}
-    if len(ways) == 3:
-        row["speedup"] = min(row["eager_fp32_ms"], row["eager_bf16_ms"]) / row["fused_ms"]
+    if ways == WAYS:
+        row["speedup"] = min(row[f"{way.replace(' ', '_')}_ms"] for way in WAYS[:-1]) / row["fused_ms"]
     return row
 
 
@@ -194,8 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for kind in SIGNALS:
                 row = time_case(tokens, trained, kind, options.repeats if tokens < 8192 else 1)
                 if tokens == max(options.sizes):
-                    for way in ("fused", "eager bf16") if room_for(tokens, kind) else ("fused",):
-                        row[f"{way.replace(' ', '_')}_transient_mib"] = transient_mib(tokens, trained, kind, way)
+                    for way, name in (("fused", "fused"), (EAGER, "eager"))[: 2 if room_for(tokens, kind) else 1]:
+                        row[f"{name}_transient_mib"] = transient_mib(tokens, trained, kind, way)
                 rows.append(row)
                 print(f"{tokens} tokens, {row['head']} head, {kind}: {row['fused_ms']:.0f} ms", file=sys.stderr)
     print_table(
@@ -204,14 +205,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "speedup: over the faster eager. MiB: peak beyond inputs and gradients. –: eager does not fit this machine.",
     )
     largest = [row for row in rows if row["tokens"] == 8192]
-    both = [row for row in largest if "eager_bf16_transient_mib" in row]
+    both = [row for row in largest if "eager_transient_mib" in row]
     big = [tokens for tokens in options.sizes if tokens >= 1024]
     finish(
         "loss",
         {
             "transient_mib_at_8192": max((row["fused_transient_mib"] for row in largest), default=None),
             "memory_ratio_at_8192": min(
-                (row["eager_bf16_transient_mib"] / row["fused_transient_mib"] for row in both), default=None
+                (row["eager_transient_mib"] / row["fused_transient_mib"] for row in both), default=None
             ),
             "min_speedup": least(rows),
             "speedup_trained_head": least(rows, tokens=big, head=["trained"], signal=["dense", "hidden"]),
@@ -220,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "vocabulary": V,
             "width": D,
             "keeps_freed_memory": True,
+            "precision": "bf16" if torch.bfloat16 == DTYPE else "fp32",
             "rows": rows,
         },
     )
@@ -232,8 +234,8 @@ def shown(row: dict[str, Any]) -> dict[str, str]:
         value = row.get(f"{name.replace(' ', '_')}_ms")
         cells[name] = "–" if value is None else f"{value:,.0f}"
     cells["speedup"] = f"{row['speedup']:.2f}" if "speedup" in row else "–"
-    for way in ("eager bf16", "fused"):
-        value = row.get(f"{way.replace(' ', '_')}_transient_mib")
+    for way in ("eager", "fused"):
+        value = row.get(f"{way}_transient_mib")
         cells[f"{way} MiB"] = "–" if value is None else f"{value:,.0f}"
     return cells
 

@@ -10,8 +10,8 @@ the building of cached targets counted in:
     control, sampled         the same over candidates (`control.candidates`), which is cheaper
     KL, random weights       forward KL to the live teacher over the whole vocabulary, no transplant
 
-The short ones are run once for each seed; the long one has one seed and the stages of `LONG`. Ratios compare medians
-over seeds.
+The short ones are run once for each seed; the long one has one seed, the settings of `LONG`, and ours and its control
+alone. Ratios compare medians over seeds.
 """
 
 from __future__ import annotations
@@ -37,18 +37,16 @@ EVERY = 0.2  # minutes between validations, whose time does not count: the time 
 WAYS = ("ours", "control", "control, sampled", "KL, random weights")
 
 
-def compare(name: str, recipe: str, overrides: Sequence[str], seed: int) -> dict[str, Any]:
-    """Curves of all ways with one seed, and what follows."""
+def compare(name: str, recipe: str, overrides: Sequence[str], seed: int, *, others: bool) -> dict[str, Any]:
+    """Curves with one seed, and what follows: of ours, its control, and the `others` where they are wanted."""
     common = [f"evaluation.every.minutes={EVERY}", *overrides, f"run.seed={seed}"]
     candidates = candidates_of(recipe, common)
     ours = run_recipe("quality", f"{name}-{seed}-ours", recipe, [*common, "control.candidates=null"])
     minutes = ours["student"]["train_seconds"] / 60
     curves: dict[str, Points] = {"ours": ours["curves"]["student"], "control": ours["curves"]["control"]}
     random = [*common, "control=false", "student.transplant=false", "targets.cache=false", "targets.max_tokens=null"]
-    for way, objective, drawn in (
-        ("control, sampled", "cross_entropy", candidates),
-        ("KL, random weights", "forward_kl", None),
-    ):
+    further = (("control, sampled", "cross_entropy", candidates), ("KL, random weights", "forward_kl", None))
+    for way, objective, drawn in further if others else ():
         stage = {"objective": objective, "length": {"minutes": minutes}, "candidates": drawn}
         slug = way.split()[-1] if "sampled" in way else "kl"
         result = run_recipe("quality", f"{name}-{seed}-{slug}", recipe, [*random, f"stages=[{json.dumps(stage)}]"])
@@ -83,8 +81,8 @@ def plot(groups: dict[str, list[dict[str, Any]]], target: Path) -> None:
     for panel, (name, rows) in zip(figure.subplots(1, len(groups), squeeze=False)[0], groups.items(), strict=True):
         for number, way in enumerate(WAYS):
             for row in rows:
-                points = row["curves"][way]
-                label = way if row is rows[0] else None
+                points = row["curves"].get(way, [])
+                label = way if points and row is rows[0] else None
                 panel.plot([p["seconds"] for p in points], [p["nll_nats"] for p in points], f"C{number}.-", label=label)
         panel.axhline(rows[0]["teacher_nll_nats"], color="gray", linestyle=":", label="teacher")
         panel.set(
@@ -96,12 +94,15 @@ def plot(groups: dict[str, list[dict[str, Any]]], target: Path) -> None:
 
 def benchmark(options: argparse.Namespace) -> None:
     """Run what is missing, then report."""
-    groups = {"short": [compare("short", options.recipe, options.overrides, seed) for seed in options.seeds]}
+    groups = {
+        "short": [compare("short", options.recipe, options.overrides, seed, others=True) for seed in options.seeds]
+    }
     if options.long:
         recipe = load_recipe(options.recipe, options.overrides)
         scale = options.long / sum(stage.length.minutes or 0 for stage in recipe.stages)
         lengths = [f"stages.{n}.length.minutes={(s.length.minutes or 0) * scale}" for n, s in enumerate(recipe.stages)]
-        groups["long"] = [compare("long", options.recipe, [*options.overrides, *LONG, *lengths], options.seeds[0])]
+        overrides = [*options.overrides, *LONG, *lengths]
+        groups["long"] = [compare("long", options.recipe, overrides, options.seeds[0], others=False)]
     picture = FOLDER / "quality.png"
     plot(groups, picture)
     rows, figures = [], {}
@@ -111,6 +112,7 @@ def benchmark(options: argparse.Namespace) -> None:
                 key: median([row[key][way] for row in found]) for key in ("nll_nats", "wall_time_ratio", "gap_closed")
             }
             for way in WAYS
+            if way in found[0]["curves"]
         }
         figures[name] = {**table, "seeds": len(found), "seconds": found[0]["seconds"]}
         figures[name]["teacher_seconds"] = found[0]["teacher_seconds"]

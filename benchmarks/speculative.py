@@ -9,17 +9,21 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+import torch
+
 from benchmarks.report import finish, print_table
 from distill.command import guarded
 from distill.recipe import load_recipe
+from distill.teacher import hardware_has_bf16
 from eval.speculative import CHAINS, PROMPTS, TREES, compare
 
 
 def benchmark(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.run)
+    dtype = "bf16" if hardware_has_bf16(torch.device("cpu")) else "fp32"
     settings = argparse.Namespace(
         teacher=recipe.teacher.model, student=options.run, chains=CHAINS, trees=TREES, prompt=None,
-        new_tokens=options.new_tokens, dtype="bf16", runtime="onnx",
+        new_tokens=options.new_tokens, dtype=dtype, runtime="onnx",
     )  # fmt: skip
     rows = compare(settings)
     drafting = {name: row for name, row in rows.items() if row["accepted_length"]}
@@ -30,10 +34,10 @@ def benchmark(options: argparse.Namespace) -> None:
     settings = argparse.Namespace(**{**vars(settings), **only, "dtype": "fp32", "prompt": PROMPTS[:2]})
     exact = compare(settings)[best]
     print_table(
-        f"{options.run} drafts for its teacher (bf16), greedy",
+        f"{options.run} drafts for its teacher ({dtype}), greedy",
         [{"decoding": name, **{key: f"{value:.3f}" for key, value in row.items()}} for name, row in rows.items()],
-        "Speed-up is over the teacher's own generate. In bf16 the teacher rounds otherwise when reading several tokens "
-        "at once, so the text goes its own way after the first near tie (identical_tokens: up to there). In fp32 "
+        "Speed-up is over the teacher's own generate. identical_tokens: up to the first difference; in bf16 the "
+        "teacher rounds otherwise when reading several tokens at once, and the text parts after a near tie. In fp32 "
         f"{exact['identical_tokens']:.1%} of the tokens are those of generate.",
     )
     finish(
@@ -44,6 +48,7 @@ def benchmark(options: argparse.Namespace) -> None:
             "accepted_length": rows[best]["accepted_length"],
             "identical": exact["identical_tokens"] == 1,
             "best": best,
+            "teacher_dtype": dtype,
             "rows": rows,
         },
     )

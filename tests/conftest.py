@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import warm
 
 from benchmarks.tiny import World, make_world, save_llama
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # sizes are tiny: threads would only wait for each other
+os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)
 for name in ("WANDB_API_KEY", "WANDB_MODE"):
     os.environ.pop(name, None)  # tests record offline, whatever the machine's owner does
 ROOT = Path(__file__).resolve().parent.parent
@@ -93,12 +95,17 @@ def run_command(
     launcher: tuple[str, ...] = ("distill/run.py",),
     cwd: Path = ROOT,
     timeout: float = 240,
+    cold: bool = False,
     **env: str,
 ) -> subprocess.CompletedProcess[str]:
-    """The real command in a process of its own."""
+    """The real command in a process of its own; `cold`: one that imports the libraries itself."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **env}
-    command = [sys.executable, *launcher, *arguments]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    command = [*launcher, *arguments]
+    if not cold and warm.can_run(environment):
+        return warm.run(command, cwd, environment, timeout)
+    return subprocess.run(
+        [sys.executable, *command], cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout
+    )
 
 
 @pytest.fixture(scope="session")

@@ -301,7 +301,7 @@ def test_the_fast_process_holds_no_torch(folder):
     code = (
         "import sys; from distill.decode import main; main(sys.argv[1:]); print({*sys.modules} & {'torch', 'pydantic'})"
     )
-    run = run_command(str(folder), "--prompt", "a", "--json", launcher=("-c", code))
+    run = run_command(str(folder), "--prompt", "a", "--json", launcher=("-c", code), cold=True)
     assert run.stdout.splitlines()[-1] == "set()", run.stderr
 
 

@@ -62,7 +62,8 @@ def test_rows_come_from_their_places_and_few_shards_stay_open(ahead: bool) -> No
         rows = found.rows(places)["a"]
         assert rows[:, 0].tolist() == [100 * shard + row for shard, row in places]
         most = max(most, len(found.open))
-    assert sorted(loaded) == list(range(3000)), "each once"
+    again = lanes - 1 if ahead else 0  # at its end a lane looks ahead into the next one's first, closed by then
+    assert set(loaded) == set(range(3000)) and len(loaded) <= 3000 + again, "each once"
     assert most <= lanes * (HELD // 10 + 3)
 
 
