@@ -13,7 +13,8 @@ For the teacher's distribution p and the model's q at every token of the text, m
 - the expected calibration error of both: the distance of confidence from accuracy, over 15 bins of equal width (Guo et
   al. 2017, arXiv 1706.04599);
 
-and the first ones by how frequent the target token is and by the teacher's entropy. Both need one vocabulary.
+and the first ones by how frequent the target token is and by the teacher's entropy. Both need one vocabulary; where the
+model's is a trimmed one, the teacher is read in those tokens, and its distribution is that over them.
 
 Legend: M targets, N some of them, V vocabulary.
 """
@@ -47,10 +48,10 @@ from eval.command import (
     Subject,
     Text,
     add_corpus_options,
-    check_vocabularies,
     execute,
     find_teacher,
     finish,
+    in_tokens_of,
     make_parser,
     make_subjects,
     make_texts,
@@ -171,22 +172,30 @@ def frequencies(text: Text, documents: Documents, model: LanguageModel) -> Tenso
     return torch.from_numpy(counts_V[targets_M] / counts_V.sum())
 
 
+def read(teacher: LanguageModel, text: Text) -> tuple[Documents, Reference, Tensor]:
+    """The text in the teacher's tokens, what it makes of it, and how frequent each target is."""
+    documents, (window, context) = text.documents(teacher), reading_window(teacher, text.evaluation)
+    batch = text.evaluation.batch_tokens
+    reference = build_reference(teacher, documents, window=window, context=context, batch_tokens=batch)
+    return documents, reference, frequencies(text, documents, teacher)
+
+
 def measure(options: argparse.Namespace) -> None:
     text = make_texts(options)[0]
     subjects = make_subjects(options.models, ("student", "control"), options.trust_remote_code)
     teacher = find_teacher(options).load(options.dtype)
-    documents = text.documents(teacher)
-    evaluation, (window, context) = text.evaluation, reading_window(teacher, text.evaluation)
-    reference = build_reference(
-        teacher, documents, window=window, context=context, batch_tokens=evaluation.batch_tokens
-    )
-    frequency_M = frequencies(text, documents, teacher)
+    readings: dict[frozenset[str], tuple[Documents, Reference, Tensor]] = {}  # by the tokens that a model speaks
     figures: dict[Subject, Figures] = {}
     for subject in subjects:
         model = subject.load(options.dtype)
-        check_vocabularies(teacher, model)
-        window, context = reading_window(model, evaluation)
-        values = compare(model, documents, reference, window=window, context=context, batch=evaluation.batch_tokens)
+        own = in_tokens_of(model, teacher)
+        tokens = frozenset(own.tokenizer.get_vocab())
+        if tokens not in readings:
+            readings[tokens] = read(own, text)
+        documents, reference, frequency_M = readings[tokens]
+        window, context = reading_window(model, text.evaluation)
+        batch = text.evaluation.batch_tokens
+        values = compare(model, documents, reference, window=window, context=context, batch=batch)
         figures[subject] = summarise(values, documents, frequency_M)
     rows = [
         {

@@ -112,14 +112,21 @@ def find_teacher(options: argparse.Namespace) -> Subject:
     return teachers[0]
 
 
-def check_vocabularies(teacher: LanguageModel, model: LanguageModel) -> None:
-    """UserError where the two do not speak of the same tokens."""
-    if teacher.tokenizer.get_vocab() != model.tokenizer.get_vocab():
-        raise UserError(
-            f"{model.name}: its vocabulary of {model.vocab_size} tokens is not that of the teacher {teacher.name} "
-            f"({teacher.vocab_size}), so their distributions cannot be compared; python -m eval.perplexity compares "
-            "them per word and per byte"
-        )
+def in_tokens_of(model: LanguageModel, teacher: LanguageModel) -> LanguageModel:
+    """The teacher over the model's tokens: a part of its own where the model's vocabulary was trimmed.
+
+    UserError where the model has tokens that the teacher lacks.
+    """
+    whole, own = teacher.tokenizer.get_vocab(), model.tokenizer.get_vocab()
+    if own == whole:
+        return teacher
+    if own.keys() <= whole.keys() and sorted(own.values()) == list(range(len(own))):
+        return teacher.trimmed(model.tokenizer, np.array([whole[token] for token in sorted(own, key=own.__getitem__)]))
+    raise UserError(
+        f"{model.name}: its vocabulary of {model.vocab_size} tokens is not that of the teacher {teacher.name} "
+        f"({teacher.vocab_size}) or a part of it, so their distributions cannot be compared; python -m eval.perplexity "
+        "compares them per word and per byte"
+    )
 
 
 @dataclass(frozen=True)

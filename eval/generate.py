@@ -12,7 +12,8 @@ Prompts are the first tokens of documents of the corpus; each model continues th
 - the teacher's perplexity of what was written, given the prompt: low for text that the teacher could have written, but
   lowest for text that says the same thing over and over, so read it beside the repetition.
 
-The text's own continuations are measured as well, as `text`.
+The text's own continuations are measured as well, as `text`. A model with a trimmed vocabulary has its own prompts, and
+is judged by the teacher over those tokens.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ from eval.command import (
     Figures,
     Subject,
     add_corpus_options,
-    check_vocabularies,
     execute,
     find_teacher,
     finish,
+    in_tokens_of,
     make_parser,
     make_subjects,
     make_texts,
@@ -105,33 +106,38 @@ def measure(options: argparse.Namespace) -> None:
     text = make_texts(options)[0]
     subjects = make_subjects(options.models, trust_remote_code=options.trust_remote_code)
     teacher = find_teacher(options).load(options.dtype)
-    documents = text.documents(teacher)
     size, room = options.prompt_tokens + 1, teacher.longest_window
     if size + options.new_tokens > room:
         raise UserError(
             f"--new-tokens: prompt and continuation must fit into the {room} tokens that {teacher.name} reads"
         )
-    chosen = [tokens.tolist() for tokens in documents.tokens if len(tokens) > size][: options.texts]
-    if not chosen:
-        raise UserError(
-            f"corpus {text.label}: expected documents of more than {size - 1} tokens for prompts, found none"
-        )
-    prompts = [ids[:size] for ids in chosen]
 
-    def row(texts: Sequence[Ids]) -> Figures:
+    def long_ones(model: LanguageModel) -> list[Ids]:
+        """Documents that are longer than a prompt."""
+        chosen = [tokens.tolist() for tokens in text.documents(model).tokens if len(tokens) > size][: options.texts]
+        if not chosen:
+            raise UserError(
+                f"corpus {text.label}: expected documents of more than {size - 1} tokens for prompts, found none"
+            )
+        return chosen
+
+    def row(judge: LanguageModel, prompts: Sequence[Ids], texts: Sequence[Ids]) -> Figures:
         samples = [
-            {"prompt": teacher.tokenizer.decode(prompt[1:]), "text": teacher.tokenizer.decode(ids)}
+            {"prompt": judge.tokenizer.decode(prompt[1:]), "text": judge.tokenizer.decode(ids)}
             for prompt, ids in zip(prompts, texts, strict=True)
         ]
-        return {**figures_of(teacher, prompts, texts, text.evaluation.batch_tokens), "samples": samples[: options.show]}
+        return {**figures_of(judge, prompts, texts, text.evaluation.batch_tokens), "samples": samples[: options.show]}
 
-    own = row([ids[size : size + options.new_tokens] for ids in chosen])
+    chosen = long_ones(teacher)
+    prompts = [ids[:size] for ids in chosen]
+    real = row(teacher, prompts, [ids[size : size + options.new_tokens] for ids in chosen])
     figures: dict[Subject, Figures] = {}
     for subject in subjects:
         model = teacher if subject.role == "teacher" else subject.load(options.dtype)
-        check_vocabularies(teacher, model)
-        figures[subject] = row(write(model, prompts, options))
-    labelled = {"text": own, **{subject.label: found for subject, found in figures.items()}}
+        judge = in_tokens_of(model, teacher)
+        own = prompts if judge is teacher else [ids[:size] for ids in long_ones(judge)]
+        figures[subject] = row(judge, own, write(model, own, options))
+    labelled = {"text": real, **{subject.label: found for subject, found in figures.items()}}
     print_table(
         f"{len(prompts)} continuations of {options.prompt_tokens} tokens of {text.label}; temperature "
         f"{options.temperature}, top-p {options.top_p}, at most {options.new_tokens} tokens",
@@ -152,7 +158,7 @@ def measure(options: argparse.Namespace) -> None:
         ),
     )
     names = ("prompt_tokens", "new_tokens", "temperature", "top_p", "seed")
-    finish(options, figures, {"corpus": text.label, "text": own, **{name: getattr(options, name) for name in names}})
+    finish(options, figures, {"corpus": text.label, "text": real, **{name: getattr(options, name) for name in names}})
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import World, result_of, run_command, save_llama
+from conftest import World, result_of, run_command, run_eval, save_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -137,3 +137,14 @@ def test_a_run_with_a_trimmed_vocabulary(bpe_world: World, tmp_path: Path) -> No
     whole = counts["whole_teacher"]
     assert whole["tokens"] == result["teacher"]["tokens"]
     assert whole["nll_nats"] > result["teacher"]["nll_nats"]  # a smaller choice of tokens is easier
+
+    # The evaluation reads the teacher in the student's tokens, as the training did.
+    agreement = run_eval("agreement", str(tmp_path / "tiny"))
+    assert agreement.returncode == 0, agreement.stderr
+    (row,) = json.loads(agreement.stdout.splitlines()[-1])["models"].values()
+    for name in ("kl_to_teacher_nats", "top1_agreement", "tokens"):
+        assert row[name] == pytest.approx(result["student"][name], rel=1e-5), name
+    written = run_eval("generate", str(tmp_path / "tiny"), "--texts", "3", "--new-tokens", "4", "--prompt-tokens", "2")
+    assert written.returncode == 0, written.stderr
+    rows = json.loads(written.stdout.splitlines()[-1])["models"]
+    assert rows["tiny student"]["teacher_nll_nats"] > 0 and rows["teacher"]["texts"] == 3
