@@ -31,7 +31,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev distill frontier smoke test check fuzz faults audit docs lock clean FORCE \
+.PHONY: help install install-dev distill frontier smoke test check check-mirror fuzz faults audit docs lock clean FORCE \
 	bench-loss bench-train bench-cache bench-ablation bench-quality bench-decode bench-speculative \
 	bench-scaling bench-streaming
 
@@ -78,6 +78,9 @@ fuzz: install-dev  ## readers of recipes, manifests and results, a hundred times
 faults: install  ## kill, damage, fill the disk, ...: what becomes of a run; writes docs/faults.md, goes on where it was
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.faults $(ARGS)
 
+check-mirror: install-dev .venv-olah/.done  ## a published student through olah, an independent mirror of the hub
+	POTSTILL_OLAH=$(CURDIR)/.venv-olah/bin/olah-cli $(BIN)/python -m pytest -n 0 tests/test_published.py $(PYTEST_ARGS)
+
 audit: .venv-audit/.done  ## known advisories against the locked packages; needs the network
 	.venv-audit/bin/pip-audit --strict --require-hashes --disable-pip -r requirements/base.txt -r requirements/dev.txt
 
@@ -111,8 +114,8 @@ bench-speculative: install  ## the student drafts for its teacher: speed and acc
 bench-scaling: install  ## what a second process is worth, in training from a cache and in building one
 	$(BIN)/python -m benchmarks.scaling $(ARGS)
 
-clean:  ## remove .venv, .venv-trl, .venv-llama, .venv-audit, builds and caches; runs/ stays
-	rm -rf .venv .venv-trl .venv-llama .venv-audit build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+clean:  ## remove .venv and its like, builds and caches; runs/ stays
+	rm -rf .venv .venv-trl .venv-llama .venv-olah .venv-audit build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The steps of the set-up.
@@ -171,6 +174,11 @@ LLAMA_FLAGS := $(if $(shell grep -m1 -o amx_tile /proc/cpuinfo 2>/dev/null),-DGG
 .venv-llama/.done: benchmarks/requirements-llama.txt .venv/.python
 	$(PYTHON) -m venv .venv-llama
 	CMAKE_ARGS="$(LLAMA_FLAGS)" .venv-llama/bin/python -m pip --disable-pip-version-check install -qq -r $<
+	@touch $@
+
+.venv-olah/.done: .venv/.python
+	$(PYTHON) -m venv .venv-olah
+	.venv-olah/bin/python -m pip --disable-pip-version-check install -qq olah==0.5.4
 	@touch $@
 
 .venv-audit/.done: .venv/.python
