@@ -163,7 +163,7 @@ def score(
         if part.log_p_NV is not None:
             kl_sum += part.kl_N.sum().item()
             matches += int((part.log_p_NV.argmax(-1) == part.log_q_NV.argmax(-1)).sum())
-    return _summed(documents, nll_M, None if reference is None else kl_sum, None if reference is None else matches)
+    return summed(documents, nll_M, None if reference is None else kl_sum, None if reference is None else matches)
 
 
 @dataclass(frozen=True)
@@ -253,10 +253,11 @@ def score_reference(reference: Reference, documents: Documents) -> Score:
             logits_NV = reference.head.logits(hidden_Nd).float()
             labels_N = labels_M[part].to(logits_NV.device)
             nll_M[part] = F.cross_entropy(logits_NV, labels_N, reduction="none").double().cpu()
-    return _summed(documents, nll_M)
+    return summed(documents, nll_M)
 
 
-def _summed(documents: Documents, nll_M: Tensor, kl_sum: float | None = None, matches: int | None = None) -> Score:
+def summed(documents: Documents, nll_M: Tensor, kl_sum: float | None = None, matches: int | None = None) -> Score:
+    """The score of nats at all targets, with sums over them."""
     lengths = [len(tokens) - 1 for tokens in documents.tokens]
     return Score(
         nll_sum_nats=nll_M.sum().item(),

@@ -7,24 +7,40 @@ Every document is scored as the training loop scores it (`distill/metrics.py`): 
 Transformer in windows of `--window` tokens, of which each later one begins `--context` tokens before its first new
 target; so the stride is their difference. Each model reads the same bytes with its own tokenizer: figures per word and
 per byte compare across vocabularies, perplexity per token does not. Intervals hold 95 % of what resampling the
-documents gives (bootstrap). Prints a table, and JSON as the last line.
+documents gives (bootstrap). With `--decoder` students alone are read, token by token, by their quantised decoder
+(`distill/decode.py`): what it loses. Prints a table, and JSON as the last line.
+
+Legend: M targets, V vocabulary.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from distill.config import EvaluationConfig
-from distill.metrics import Documents, Score, bootstrap_interval, reading_window, score
+from distill.decode import Decoder, find_student, load_decoder
+from distill.metrics import Documents, Score, bootstrap_interval, reading_window, score, summed
 from distill.output import print_table
 from distill.teacher import LanguageModel
-from eval.command import Figures, Subject, add_corpus_options, execute, finish, make_parser, make_subjects, make_texts
+from eval.command import (
+    ROLES,
+    Figures,
+    Subject,
+    add_corpus_options,
+    execute,
+    finish,
+    make_parser,
+    make_subjects,
+    make_texts,
+)
 
 
 def evaluate(model: LanguageModel, documents: Documents, evaluation: EvaluationConfig) -> Score:
@@ -33,9 +49,23 @@ def evaluate(model: LanguageModel, documents: Documents, evaluation: EvaluationC
     return score(model, documents, window=window, context=context, batch_tokens=evaluation.batch_tokens)
 
 
-def figures_of(model: LanguageModel, documents: Documents, evaluation: EvaluationConfig) -> Figures:
-    """A model's row: the score, its intervals, how it read, and its size."""
-    found = evaluate(model, documents, evaluation)
+def evaluate_decoder(decoder: Decoder, documents: Documents) -> Score:
+    """Score documents by the distribution that the decoder samples from at temperature 1."""
+    nll: list[float] = []
+    for tokens in documents.tokens:
+        lanes = decoder.lanes(1)
+        for token, label in itertools.pairwise(tokens.tolist()):
+            lanes.read([token])
+            logits_V = torch.from_numpy(lanes.logits(0)).double()
+            nll.append((logits_V.logsumexp(0) - logits_V[label]).item())
+    return summed(documents, torch.tensor(nll, dtype=torch.float64))
+
+
+def figures_of(
+    model: LanguageModel, documents: Documents, evaluation: EvaluationConfig, decoder: Decoder | None = None
+) -> Figures:
+    """A model's row: the score, its own or its decoder's, with its intervals, how it read, and its size."""
+    found = evaluate_decoder(decoder, documents) if decoder else evaluate(model, documents, evaluation)
     nll_n = np.array(found.document_nll_nats)
     tokens_n = np.array([len(tokens) - 1 for tokens in documents.tokens])
     of_tokens, of_words, of_bytes = (
@@ -53,24 +83,26 @@ def figures_of(model: LanguageModel, documents: Documents, evaluation: Evaluatio
         "window": window,
         "stride": None if window is None else window - context,
         "parameters": model.parameters,
-        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "dtype": "int8" if decoder else str(model.model.dtype).removeprefix("torch."),
     }
 
 
 def measure(options: argparse.Namespace) -> None:
     texts = make_texts(options)
-    if options.dtype != "auto":  # beside the figures of the models as they were trained, not in their place
-        options.protocol += f"-{options.dtype}"
-    subjects = make_subjects(options.models, trust_remote_code=options.trust_remote_code)
+    roles, other = (ROLES[1:], "int8") if options.decoder else (ROLES, options.dtype)
+    if other != "auto":  # beside the figures of the models as they were trained, not in their place
+        options.protocol += f"-{other}"
+    subjects = make_subjects(options.models, roles, options.trust_remote_code)
     figures: dict[Subject, Figures] = {}
     counts: dict[str, int] = {}  # documents of each text: those that the first model reads, whatever their tokens
     for subject in tqdm(subjects, desc="models", disable=len(subjects) == 1):
         model = subject.load(options.dtype)
+        decoder = load_decoder(find_student(subject.config.model)) if options.decoder else None
         figures[subject] = {}
         for text in texts:
             documents = text.documents(model, counts.get(text.label))
             counts[text.label] = len(documents.tokens)
-            figures[subject][text.label] = figures_of(model, documents, text.evaluation)
+            figures[subject][text.label] = figures_of(model, documents, text.evaluation, decoder)
     for text in texts:
         rows = []
         for subject in subjects:
@@ -96,6 +128,7 @@ def measure(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("perplexity", __doc__)
     add_corpus_options(parser)
+    parser.add_argument("--decoder", action="store_true", help="students in their quantised decoder, without teachers")
     return execute(parser, arguments, measure)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -38,6 +39,7 @@ from eval.pictures import draw_pictures
 MEASURES: dict[str, Callable[[list[str]], int]] = {
     "perplexity": perplexity,
     "perplexity-bf16": lambda runs: perplexity([*runs, "--dtype", "bf16"]),
+    "perplexity-int8": lambda runs: perplexity([*runs, "--decoder"]),
     "agreement": agreement,
     "memory": memory,
     "generate": generate,
@@ -47,9 +49,13 @@ MEASURES: dict[str, Callable[[list[str]], int]] = {
 
 def measure_missing(folders: Sequence[Path]) -> None:
     """Run each protocol on the runs that lack it; UserError where one fails, which has then said why."""
-    has_bf16 = hardware_has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    cannot = set()
+    if not hardware_has_bf16(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+        cannot.add("perplexity-bf16")
+    if importlib.util.find_spec("onnxruntime") is None:
+        cannot.add("perplexity-int8")
     for protocol, main in MEASURES.items():
-        if protocol.endswith("bf16") and not has_bf16:
+        if protocol in cannot:
             continue
         lacking = [str(folder) for folder in folders if read_results(folder, protocol) is None]
         if lacking and main(list(map(str, folders)) if protocol == "latency" else lacking):

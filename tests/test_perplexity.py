@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from distill.config import EvaluationConfig, UserError
 from distill.metrics import Documents, bootstrap_interval
 from distill.teacher import load_language_model
+from distill.torch_decoder import TorchDecoder
 from eval.command import make_subjects, read_results
-from eval.perplexity import figures_of
+from eval.perplexity import evaluate, evaluate_decoder, figures_of
 
 CPU = torch.device("cpu")
 TEXTS = ["the river is old", "a young king found the bridge near the city", "war and peace"]
@@ -56,6 +57,25 @@ def test_perplexity_is_that_of_transformers(world: World) -> None:
     assert (row["window"], row["stride"], row["documents"]) == (64, 56, 3)
     low, high = row["perplexity_interval"]
     assert low < row["perplexity"] < high
+
+
+def test_a_student_in_its_decoder(run_folder: Path) -> None:
+    """Token by token in fp32 it gives what the training's validation gives; the int8 one is near it."""
+    student = run_folder / "student"
+    model = load_language_model(str(student), device=CPU, dtype="fp32")
+    ids_n = [np.array([model.tokenizer.eos_token_id, *model.tokenizer(text)["input_ids"]]) for text in TEXTS]
+    documents = Documents(ids_n, utf8_bytes=np.ones(3), words=np.ones(3))
+    whole, steps = evaluate(model, documents, EvaluationConfig()), evaluate_decoder(TorchDecoder(student), documents)
+    assert steps.document_nll_nats == pytest.approx(whole.document_nll_nats, rel=1e-5)
+    assert steps.tokens == whole.tokens == 16
+
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    rows = printed(run_eval("perplexity", str(run_folder), "--decoder"))["models"]
+    assert set(rows) == {"tiny student", "tiny control"}
+    (found,) = rows["tiny student"].values()
+    expected = json.loads((run_folder / "result.json").read_text())["student"]["nll_nats"]
+    assert found["dtype"] == "int8" and 0 < abs(found["nll_nats"] - expected) < 0.02 * expected
+    assert read_results(run_folder, "perplexity-int8")["models"]["student"] == rows["tiny student"]
 
 
 def test_bootstrap_interval_covers_the_truth_as_often_as_it_says() -> None:
