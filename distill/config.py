@@ -39,6 +39,7 @@ class Section(BaseModel):
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 DTypeName = Literal["auto", "fp32", "bf16", "fp16"]
 
 
@@ -274,7 +275,9 @@ class TargetsConfig(Section):
         return self
 
 
-Term = Literal["cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse", "layer_mse"]
+Term = Literal[
+    "cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse", "layer_mse", "logit_mse"
+]
 HIDDEN_TERMS = {"hidden_mse", "layer_mse"}
 
 
@@ -289,7 +292,8 @@ class StageConfig(Section):
     `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the generalised
     Jensen-Shannon divergence, `hidden_mse` the squared distance of the student's output to the teacher's final
     hidden state, in the stage's `metric`; `layer_mse` that of block i of the student's N, through a learned
-    projection, to the normalised state of the teacher's layer i L / N of L, asked of the live teacher."""
+    projection, to the normalised state of the teacher's layer i L / N of L, asked of the live teacher. `logit_mse`, of
+    classifiers alone, is the mean squared error of the logits; their `cross_entropy` is of texts that have a label."""
     length: Length
     """How long the stage lasts."""
     metric: Literal["identity", "gram", "fisher"] = "identity"
@@ -358,6 +362,95 @@ class StageConfig(Section):
     def hidden_terms(self) -> list[str]:
         """Terms that compare hidden states."""
         return sorted(HIDDEN_TERMS & set(self.objective))
+
+
+class ClassificationConfig(Section):
+    """Classify texts in place of writing them: the teacher is a classifier, and the student learns its logits (Tang et
+    al. 2019, arXiv 1903.12136). Each document is one text; a document without one of the labels counts as text that
+    only the teacher labels, for the student to learn from."""
+
+    label_field: str = "label"
+    """Field or column that holds a document's label: a text or a whole number."""
+    labels: tuple[str, ...] | None = None
+    """Classes in the order of the logits. Default: those of a hub data set's label column, else all labels found,
+    sorted. A teacher that is a classifier already has these labels in any order, or else none but numbers and these in
+    the same order."""
+    test_split: str | None = None
+    """Split of a hub data set to test on, in place of `corpus.test_fraction`."""
+    max_length: Positive = 128
+    """Tokens of a text that are read, special tokens included; the rest is cut off."""
+    pooling: Literal["last", "mean", "max"] = "last"
+    """What the student's classifier reads: its output after the last token, or the mean or maximum over all tokens."""
+    start_from: str | None = None
+    """Run folder, folder or hub id of a distilled LSTM language model whose body and tokenizer the student starts with.
+    `student` then gives its sizes, and `transplant` and `align_input` have nothing to do."""
+
+
+class FineTuningConfig(Section):
+    """Fine-tune the teacher on the labels first, where it is a pretrained model but no classifier yet. What comes out
+    is kept in `RUN/teacher`. Its time counts as the student's."""
+
+    length: Length
+    """How long; the best weights by validation loss are kept."""
+    layers: Annotated[int, Field(ge=0)] | None = None
+    """Layers that are trained, counted from the top, with what stands above them; 0 for the classifier and final norm
+    alone. What the frozen ones below make of each text is then computed once and kept in memory: `max_length` x width x
+    2 bytes a text, or 4 in fp32. Null for the whole model."""
+    batch_size: Positive = 32
+    """Texts of an optimizer step."""
+    learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "linear"
+    """Course of the learning rate."""
+    warmup: Fraction = 0.1
+    """Share of the fine-tuning in which the learning rate rises."""
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.01
+    """As in the stages."""
+
+
+class AugmentationConfig(Section):
+    """More text for the teacher to label, made from the training texts word by word (Tang et al. 2019, arXiv
+    1903.12136, section 3.3). Words stand between white space."""
+
+    copies: Positive = 20
+    """Changed copies of each text."""
+    mask: Probability = 0.1
+    """Probability that a word is replaced by the tokenizer's mask token, or left out where it has none."""
+    replace: Probability = 0.1
+    """Probability that a word is replaced by another of its kind, drawn by frequency. Tang et al. take one of the same
+    part of speech; here, without a tagger, of the same two last letters, capitalisation and power of 2 of frequency."""
+    ngram: Probability = 0.25
+    """Probability that only a stretch of a copy is kept, 1 to `longest_ngram` words."""
+    longest_ngram: Positive = 5
+    """Longest such stretch in words."""
+
+    @model_validator(mode="after")
+    def _one_fate_a_word(self) -> Self:
+        if self.mask + self.replace > 1:
+            raise ValueError(f"mask + replace must be at most 1, found {self.mask + self.replace}")
+        return self
+
+
+# What a recipe with `classification` may set; what else there is, is for language models.
+CLASSIFIER_TERMS = {"cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "logit_mse"}
+CLASSIFIER_FIELDS: dict[str, set[str] | None] = {
+    "teacher": {"model", "revision", "dtype", "attn_implementation", "trust_remote_code"},
+    "student": {
+        *("hidden_size", "num_layers", "embedding_size", "transplant", "align_input"),
+        *("input_dropout", "output_dropout", "recurrent_dropout"),
+    },
+    "corpus": {
+        *("source", "name", "revision", "split", "text_field", "max_documents"),
+        *("validation_fraction", "test_fraction"),
+    },
+    "stages": {
+        *("name", "objective", "length", "temperature", "jsd_beta", "learning_rate", "schedule", "warmup"),
+        *("final_learning_rate", "optimizer", "betas", "weight_decay", "freeze"),
+    },
+    "control": {"enabled", "match", "learning_rate", "schedule", "warmup", "optimizer"},
+    "evaluation": {"every", "batch_tokens", "patience", "decode_seconds"},
+    **{name: None for name in ("run", "classification", "fine_tuning", "augmentation", "tracking", "publishing")},
+}
 
 
 class ControlConfig(Section):
@@ -451,6 +544,9 @@ class Recipe(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     publishing: PublishingConfig = PublishingConfig()
+    classification: ClassificationConfig | None = None
+    fine_tuning: FineTuningConfig | None = None
+    augmentation: AugmentationConfig | None = None
 
     @field_validator("control", mode="before")
     @classmethod
@@ -474,6 +570,7 @@ class Recipe(Section):
                 f"run.batch_size ({self.run.batch_size}) must be a multiple of "
                 f"run.micro_batch_size ({self.run.micro_batch_size})"
             )
+        problems += self._not_for_language_models() if self.classification is None else self._not_for_classifiers()
         if self.endpoint:
             problems += self._against_endpoint(self.endpoint)
         for number, stage in enumerate(self.stages):
@@ -513,6 +610,39 @@ class Recipe(Section):
         if problems:
             raise ValueError("; ".join(problems))
         return self
+
+    def _not_for_language_models(self) -> list[str]:
+        """What needs a `classification` section."""
+        wanting = [name for name in ("fine_tuning", "augmentation") if getattr(self, name) is not None]
+        terms = ((f"stages.{n}.objective", stage.objective) for n, stage in enumerate(self.stages))
+        wanting += [f"{where}: logit_mse" for where, objective in terms if "logit_mse" in objective]
+        return [f"{what} is for classifiers; add a classification section or remove it" for what in wanting]
+
+    def _not_for_classifiers(self) -> list[str]:
+        """What a recipe with a `classification` section sets to no effect."""
+        problems = []
+        for section in type(self).model_fields:
+            allowed = CLASSIFIER_FIELDS.get(section, set())
+            value = getattr(self, section)
+            parts = dict(enumerate(value)) if isinstance(value, tuple) else {None: value}
+            for number, part in parts.items():
+                if allowed is None or not isinstance(part, Section):
+                    continue
+                where = section if number is None else f"{section}.{number}"
+                for name, field in type(part).model_fields.items():
+                    if name not in allowed and getattr(part, name) != field.default:
+                        problems.append(f"{where}.{name}: is for language models, and this is a classifier; remove it")
+        for number, stage in enumerate(self.stages):
+            if others := sorted(set(stage.objective) - CLASSIFIER_TERMS):
+                problems.append(
+                    f"stages.{number}.objective: {', '.join(others)} is for language models; a classifier has "
+                    + ", ".join(sorted(CLASSIFIER_TERMS))
+                )
+        for name in ("validation_fraction", "test_fraction"):
+            given = name == "test_fraction" and self.classification is not None and self.classification.test_split
+            if getattr(self.corpus, name) == 0 and not given:
+                problems.append(f"corpus.{name}: expected more than 0, as a classifier is chosen and tested on it")
+        return problems
 
     def _against_endpoint(self, endpoint: EndpointConfig) -> list[str]:
         """What a server's answers cannot serve."""

@@ -109,6 +109,41 @@ def open_documents(config: CorpusConfig, *, progress: bool = True) -> Source:
     return Source(_digest(files, config.streaming), _local_documents(files, config), limit)
 
 
+@dataclass(frozen=True)
+class LabelledSource:
+    """Texts and labels, as they come: anything may stand in either field. `classes` are those of a hub data set."""
+
+    digest: str  # changes with the content
+    rows: Iterator[tuple[object, object]]
+    classes: tuple[str, ...] | None = None
+
+
+def open_labelled(config: CorpusConfig, label_field: str) -> LabelledSource:
+    """Find what `corpus.source` names, with a second field beside the text.
+
+    Raises UserError as `open_documents` does, and where there is no such field.
+    """
+    of_labels = config.model_copy(update={"text_field": label_field})
+    if (files := _local_files(config)) is None:
+        import datasets
+
+        rows, digest = _hub_rows(config, progress=False)
+        labels, _ = _hub_rows(of_labels, progress=False)
+        feature = labels.features.get(label_field)
+        classes = tuple(feature.names) if isinstance(feature, datasets.ClassLabel) else None
+        columns = (_hub_documents(rows, config), _hub_documents(labels, of_labels, option="classification.label_field"))
+    else:
+        if plain := [str(file) for file in files if file.suffix == ".txt"]:
+            raise UserError(f"corpus.source: {plain[0]}: expected records with text and label, found plain text")
+        digest, classes = _digest(files, ends_alone=False), None
+        columns = (
+            _local_documents(files, config),
+            _local_documents(files, of_labels, option="classification.label_field"),
+        )
+    rows_of_both = ((text, label) for (text, _), (label, _) in zip(*columns, strict=True))
+    return LabelledSource(digest, rows_of_both, classes)
+
+
 class TextStream:
     """The texts of `corpus.source` from the start or any other position, at most `max_documents`."""
 
@@ -227,21 +262,22 @@ def _digest(files: list[Path], ends_alone: bool) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _local_documents(files: list[Path], config: CorpusConfig) -> Raw:
+def _local_documents(files: list[Path], config: CorpusConfig, option: str = "corpus.text_field") -> Raw:
+    """`option`: the recipe's field that names the field of the records."""
     sizes = [max(file.stat().st_size, 1) for file in files]
     for file, size, end in zip(files, sizes, itertools.accumulate(sizes), strict=True):
-        for text, share in _readable(file, config):
+        for text, share in _readable(file, config, option=option):
             yield text, (end - size + share * size) / sum(sizes)
 
 
-def _readable(file: Path, config: CorpusConfig, skip: int = 0) -> Raw:
+def _readable(file: Path, config: CorpusConfig, skip: int = 0, option: str = "corpus.text_field") -> Raw:
     try:
-        yield from _file_documents(file, config, skip)
+        yield from _file_documents(file, config, skip, option)
     except (OSError, ValueError) as error:  # wrong UTF-8, wrong JSON and wrong Parquet are ValueErrors
         raise UserError(f"corpus.source: {file}: cannot be read as {file.suffix}: {error}") from error
 
 
-def _file_documents(file: Path, config: CorpusConfig, skip: int) -> Raw:
+def _file_documents(file: Path, config: CorpusConfig, skip: int, option: str) -> Raw:
     """As `Raw`, the share being that of this file, without the first `skip` values."""
     if file.suffix == ".json":
         records = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -249,14 +285,14 @@ def _file_documents(file: Path, config: CorpusConfig, skip: int) -> Raw:
         if not isinstance(records, list):
             found = type(records).__name__
             raise UserError(f"corpus.source: {file}: expected a list or mapping of records, found {found}")
-        values = _column(records, config.text_field, file)
+        values = _column(records, config.text_field, file, option=option)
         for done, text in enumerate(itertools.islice(values, skip, None), start=skip + 1):
             yield text, done / len(records)
     elif file.suffix == ".parquet":
         import pyarrow.parquet  # slow to import; comes with `datasets`
 
         with pyarrow.parquet.ParquetFile(file) as table:
-            _require(config.text_field, table.schema_arrow.names, file)
+            _require(config.text_field, table.schema_arrow.names, file, option)
             ends = itertools.accumulate(table.metadata.row_group(n).num_rows for n in range(table.num_row_groups))
             groups = [(n, end) for n, end in enumerate(ends) if end > skip]
             passed = groups[0][1] - table.metadata.row_group(groups[0][0]).num_rows if groups else skip
@@ -267,14 +303,15 @@ def _file_documents(file: Path, config: CorpusConfig, skip: int) -> Raw:
     else:
         size = max(file.stat().st_size, 1)
         with file.open("rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig") as lines:
-            for text in itertools.islice(_texts(lines, config, file), skip, None):
+            for text in itertools.islice(_texts(lines, config, file, option), skip, None):
                 yield text, raw.tell() / size
 
 
-def _texts(lines: io.TextIOWrapper, config: CorpusConfig, file: Path) -> Iterator[object]:
+def _texts(lines: io.TextIOWrapper, config: CorpusConfig, file: Path, option: str) -> Iterator[object]:
     """Documents of a `.txt` or `.jsonl` file."""
     if file.suffix == ".jsonl":
-        yield from _column((json.loads(line) for line in lines if line.strip()), config.text_field, file)
+        records = (json.loads(line) for line in lines if line.strip())
+        yield from _column(records, config.text_field, file, option=option)
     elif config.documents == "file":
         yield lines.read()
     elif config.documents == "line":
@@ -319,26 +356,28 @@ def _hub_rows(config: CorpusConfig, progress: bool) -> tuple[Any, str]:
     return rows, digest
 
 
-def _hub_documents(rows: Any, config: CorpusConfig, first: bool = True) -> Raw:
+def _hub_documents(rows: Any, config: CorpusConfig, first: bool = True, option: str = "corpus.text_field") -> Raw:
     total = None if config.streaming else len(rows)
     try:
-        for done, text in enumerate(_column(rows, config.text_field, config.source, first), start=1):
+        for done, text in enumerate(_column(rows, config.text_field, config.source, first, option), start=1):
             yield text, done / total if total else 0.0
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"corpus.source: {config.source}: reading failed: {error}") from error
 
 
-def _column(records: Iterable[Any], field: str, where: object, first: bool = True) -> Iterator[object]:
+def _column(
+    records: Iterable[Any], field: str, where: object, first: bool = True, option: str = "corpus.text_field"
+) -> Iterator[object]:
     """One field of each record. The `first` of all must have it; None where a later one has not."""
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
             raise UserError(f"corpus.source: {where}: expected records with named fields, found {record!r:.30}")
         if number == 1 and first:
-            _require(field, list(record), where)
+            _require(field, list(record), where, option)
         yield record.get(field)
 
 
-def _require(field: str, columns: list[str], where: object) -> None:
+def _require(field: str, columns: list[str], where: object, option: str) -> None:
     if field not in columns:
         found = ", ".join(columns) or "none"
-        raise UserError(f"corpus.text_field: {where}: expected a field {field!r}, found {found}")
+        raise UserError(f"{option}: {where}: expected a field {field!r}, found {found}")

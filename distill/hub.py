@@ -36,7 +36,7 @@ from distill.config import Recipe, UserError
 from distill.packaged import PREFIX
 from distill.recipe import dump_recipe, load_recipe
 from distill.redact import redact
-from distill.result import check_files, read_result, table_rows
+from distill.result import check_files, classification_in_words, is_classification, read_result, table_rows
 
 logger = logging.getLogger(__name__)
 TIMEOUT = 300.0  # seconds without a sign of life after which a connection counts as broken
@@ -75,7 +75,9 @@ def stage(
     source, target = recipe.folder / "student", recipe.folder / "hub"
     if not (source / "config.json").is_file():
         raise UserError(f"{recipe.folder}: expected a finished run with student/config.json, found none")
-    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
+    if is_classification(result):
+        pass  # ONNX files are for what is read token by token
+    elif importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
         from distill.decoder import write_decoder
         from distill.export import write_onnx
         from distill.graph import is_current
@@ -182,26 +184,30 @@ def _is_hub_id(name: str) -> bool:
 def card_data(recipe: Recipe, result: dict[str, Any], license_id: str | None) -> ModelCardData:
     """The card's metadata, with the results in the form that the hub shows beside a model."""
     teacher, corpus, student = recipe.teacher.model, recipe.corpus.source, result["student"]
+    task, side = "text-generation", "validation documents"
+    if is_classification(result):
+        task, side = "text-classification", "test texts"
     results = [
         EvalResult(
-            task_type="text-generation",
+            task_type=task,
             dataset_type=corpus if _is_hub_id(corpus) else recipe.corpus.source.rsplit("/", 1)[-1],
-            dataset_name=f"{corpus}, validation documents of the run",
+            dataset_name=f"{corpus}, {side} of the run",
             metric_type=figure,
             metric_value=student[figure],
             metric_name=name,
         )
         for figure, name in (
+            ("accuracy", "accuracy"),
             ("perplexity", "perplexity per token"),
             ("bits_per_byte", "bits per byte"),
-            ("kl_to_teacher_nats", "KL(teacher || student), nats per token"),
+            ("kl_to_teacher_nats", f"KL(teacher || student), nats per {'text' if 'accuracy' in student else 'token'}"),
             ("top1_agreement", "top-1 agreement with the teacher"),
         )
         if figure in student
     ]
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=["potstill", "lstm", "distillation", "knowledge-distillation", "custom_code"],
         license=license_id,
         base_model=teacher if _is_hub_id(teacher) else None,
@@ -220,8 +226,63 @@ def write_card(
     trade_off: str | None = None,
 ) -> None:
     """Write the model card `README.md` into a student's folder. `trade_off` is a table of quality against speed."""
-    place, rows, student = repo or recipe.publishing.repo or "PATH", table_rows(result), result["student"]
-    table = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    place = repo or recipe.publishing.repo or "PATH"
+    paragraphs = _classifier_card if is_classification(result) else _language_model_card
+    text = redact("\n\n".join(paragraphs(recipe, result, folder, license_id, place, trade_off)) + "\n")
+    write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _markdown(rows: list[dict[str, str]]) -> str:
+    cells = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells)
+
+
+def _classifier_card(
+    recipe: Recipe, result: dict[str, Any], folder: Path, license_id: str | None, place: str, _: str | None
+) -> list[str]:
+    """The paragraphs of a classifier's card."""
+    student, corpus = result["student"], result["corpus"]
+    config = json.loads((recipe.folder / "student" / "config.json").read_text(encoding="utf-8"))
+    load = (
+        "```python\nfrom transformers import pipeline\n\n"
+        f'classify = pipeline("text-classification", model="{place}", trust_remote_code=True)\n'
+        f'classify("...", truncation=True, max_length={recipe.classification.max_length})\n```'  # type: ignore[union-attr]
+    )
+    return [
+        f"---\n{card_data(recipe, result, license_id).to_yaml()}\n---",
+        f"# {recipe.run.name}: an LSTM classifier distilled from {recipe.teacher.model}",
+        f"A text classifier of {student['parameters'] / 1e6:.1f} M parameters ({config['num_layers']} LSTM layers of "
+        f"{config['hidden_size']} units, read from left to right), made with Potstill. Classes: "
+        f"{', '.join(result['classes'])}. On {student['texts']:,} test texts of {recipe.corpus.source}:",
+        _markdown(table_rows(result)),
+        "`95 %` is the interval of the accuracy, `agreement` the share of texts that get the teacher's class, `ms` the "
+        f"time for a text at batch 1. {classification_in_words(result)}",
+        *_picture(folder, "curves.png", "Validation accuracy over training"),
+        "## Use",
+        load,
+        "## Where it comes from",
+        f"- Teacher: {recipe.teacher.model}, licence {license_id or 'not stated'}, which this student carries"
+        f"{', fine-tuned on the labels' if recipe.fine_tuning else ''}.\n"
+        f"- Text: {recipe.corpus.source}; {corpus['train_texts']:,} texts with labels, {corpus['unlabelled_texts']:,} "
+        f"without, {corpus['copies']:,} changed copies (fingerprint {corpus['fingerprint']}); see there for its "
+        "licence.\n"
+        f"- Software: {_sentence(result['versions'])}.",
+        "## Limits",
+        "It knows what teacher and labels taught it, on texts of the same kind, and repeats what they get wrong.",
+        f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```",
+    ]
+
+
+def _language_model_card(
+    recipe: Recipe,
+    result: dict[str, Any],
+    folder: Path,
+    license_id: str | None,
+    place: str,
+    trade_off: str | None,
+) -> list[str]:
+    """The paragraphs of a language model's card."""
+    student = result["student"]
     config = json.loads((recipe.folder / "student" / "config.json").read_text(encoding="utf-8"))
     load = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -234,13 +295,13 @@ def write_card(
         "teacher.generate(**inputs, assistant_model=model)  # the teacher's own text, sooner\n```"
     )
     streamed = " of its beginning, the rest being streamed" if recipe.corpus.streaming else ""
-    paragraphs = [
+    return [
         f"---\n{card_data(recipe, result, license_id).to_yaml()}\n---",
         f"# {recipe.run.name}: an LSTM distilled from {recipe.teacher.model}",
         f"A causal language model of {student['parameters'] / 1e6:.1f} M parameters ({config['num_layers']} LSTM "
         f"layers of {config['hidden_size']} units) with constant memory per token, made with Potstill. Validation on "
         f"{student['tokens']:,} tokens of {recipe.corpus.source}:",
-        "\n".join(f"| {' | '.join(row)} |" for row in table),
+        _markdown(table_rows(result)),
         "`ppl` is perplexity per token, `KL` is KL(teacher ‖ model) in nats, `top-1` how often both find the same "
         "token likeliest, `tok/s` greedy decoding at batch 1.",
         *_control(result),
@@ -264,8 +325,6 @@ def write_card(
         "facts.",
         f"## Recipe\n\n```yaml\n{dump_recipe(recipe)}```",
     ]
-    text = redact("\n\n".join(paragraphs) + "\n")
-    write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def _picture(folder: Path, name: str, title: str) -> list[str]:

@@ -11,30 +11,26 @@ import logging
 import os
 import platform
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from distill.checkpoint import clear_leftovers, write_atomically, write_json
-from distill.config import Length, Recipe, StageConfig, UserError
+from distill.classification import ClassificationJob
+from distill.config import Recipe, UserError
 from distill.corpus import Blocks, Corpus, Split, load_corpus
+from distill.loop import control_stage
 from distill.metrics import Documents, Reference, Score, build_reference, reading_window, score, score_reference
-from distill.progress import Progress
-from distill.recipe import dump_recipe, load_recipe
-from distill.result import check_files, compare, plot_curves, print_result, read_result, table_rows, versions
+from distill.progress import timed
+from distill.result import check_files, compare, print_result, read_result, versions
+from distill.run_folder import claim_folder, claim_inputs, publish_once, write_result
 from distill.samples import continuations, decode_speed
-from distill.sealed import checksums, read_sealed, seal
-from distill.session import sha256
 from distill.sharding import requested_engine
 from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
@@ -47,34 +43,24 @@ from distill.vocabulary import trim_tokenizer
 
 logger = logging.getLogger(__name__)
 
-# What may differ between a run folder and the recipe that goes on with it: nothing that the numbers depend on.
-FREE_FIELDS = {
-    "run": {"output_dir", "checkpoint_every", "keep_checkpoints", "threads", "micro_batch_size"},
-    "endpoint": {"url", "api_key_env", "concurrency", "requests_per_second", "retries", "timeout"},
-    "corpus": {"cache_dir"},
-    "evaluation": {"prompts", "new_tokens", "decode_seconds"},
-    "tracking": None,
-    "publishing": None,
-}
-SHARED_FOLDER_SECONDS = 20.0  # a network file system may show another machine's files late
-
 
 def run(recipe: Recipe) -> dict[str, Any]:
     """Carry out a recipe; returns what stands in `result.json`."""
     accelerator = start_accelerator(recipe)
     try:
-        _claim_folder(recipe, accelerator)
+        claim_folder(recipe, accelerator)
         if (recipe.folder / "result.json").is_file():
             result = read_result(recipe.folder)
             if accelerator.is_main_process:
                 logger.info("%s is complete already; choose another run.name to run it anew", recipe.folder)
                 check_files(recipe.folder, result)
                 print_result(result, recipe.folder)
-                _publish(recipe, result)
+                publish_once(recipe, result)
             return result
         tracker = Tracker(accelerator, recipe)
         try:
-            return _Job(recipe, accelerator, tracker).run()
+            job = _Job if recipe.classification is None else ClassificationJob
+            return job(recipe, accelerator, tracker).run()
         finally:
             tracker.finish()
     finally:
@@ -88,15 +74,17 @@ class _Job:
 
     def run(self) -> dict[str, Any]:
         recipe = self.recipe
-        with self._timed("teacher_and_text"):
+        with timed(self.wall_seconds, "teacher_and_text"):
             parts = TeacherAndText(recipe, self.accelerator)
             teacher, corpus = parts.teacher, parts.corpus  # over the student's vocabulary
             weights = parts.whole_teacher.weights_hash  # by all processes, where it is spread over them
             if self.accelerator.is_main_process:
-                _claim_inputs(recipe.folder, parts, weights)
-        with self._timed("teacher_validation"):
+                claim_inputs(
+                    recipe.folder, parts.whole_corpus.fingerprint, str(parts.whole_teacher.model.dtype), weights
+                )
+        with timed(self.wall_seconds, "teacher_validation"):
             validator = Validator(recipe, corpus, teacher, self.accelerator)
-        with self._timed("targets"):
+        with timed(self.wall_seconds, "targets"):
             targets = parts.targets()
         shared: dict[str, Any] = {
             "recipe": recipe,
@@ -106,7 +94,7 @@ class _Job:
             "tracker": self.tracker,
         }
 
-        with self._timed("student"):
+        with timed(self.wall_seconds, "student"):
             network = build_student(
                 recipe.student,
                 teacher,
@@ -123,7 +111,7 @@ class _Job:
         curves = {"student": progress.points}
         students = {"student": network}
         if recipe.control.enabled:
-            with self._timed("control"):
+            with timed(self.wall_seconds, "control"):
                 network = build_student(
                     recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=False
                 )
@@ -136,7 +124,7 @@ class _Job:
             students["control"] = network
 
         result: dict[str, Any] = {"name": recipe.run.name, "seed": recipe.run.seed, "versions": versions()}
-        with self._timed("evaluation"):
+        with timed(self.wall_seconds, "evaluation"):
             models = {"teacher": teacher}
             scores = {"teacher": validator.teacher_score}
             for name, network in students.items():
@@ -178,29 +166,8 @@ class _Job:
         # The others have nothing left to do: none waits until everything is written, and perhaps published.
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self._write(result, students, teacher)
+            write_result(recipe, result, students, teacher.tokenizer, self.tracker)
         return result
-
-    def _write(self, result: dict[str, Any], students: dict[str, LSTMForCausalLM], teacher: LanguageModel) -> None:
-        """Students as plain Hugging Face folders, curves, and last the result that marks the run as complete."""
-        folder = self.recipe.folder
-        result["files"] = {}
-        for name, network in students.items():
-
-            def save(path: Path, network: LSTMForCausalLM = network) -> None:
-                network.save_pretrained(path)
-                teacher.tokenizer.save_pretrained(path)
-
-            write_atomically(folder / name, save)
-            result["files"][name] = checksums(folder / name)
-        result["files"]["."] = {path.name: sha256(path) for path in sorted(folder.glob("*.log.jsonl"))}
-        picture = folder / "curves.png"
-        plot_curves(result, picture)
-        self.tracker.log_samples(result["samples"])
-        write_json(folder / "result.json", seal(result))
-        self.tracker.log_result(result, table_rows(result), picture, [folder / "result.json", folder / "recipe.yaml"])
-        print_result(result, folder)
-        _publish(self.recipe, result)  # last: what the hub refuses is published by the same command again
 
     def _size_and_speed(self, model: LanguageModel, separator_id: int) -> dict[str, float | int | None]:
         """Shards decode as fast as the network between them: no speed of the model."""
@@ -215,17 +182,13 @@ class _Job:
         evaluation = self.recipe.evaluation
         return continuations(model, evaluation.prompts, separator_id, evaluation.new_tokens, self.recipe.run.seed)
 
-    @contextmanager
-    def _timed(self, part: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
-        self.wall_seconds[part] = time.perf_counter() - began
-
 
 class TeacherAndText:
     """What every job begins with: the teacher, the text in its tokens, and blocks of it. Collective."""
 
     def __init__(self, recipe: Recipe, accelerator: Accelerator) -> None:
+        if recipe.classification is not None:
+            raise UserError(f"{recipe.run.name}: this command is for language models, and the recipe is a classifier's")
         self.recipe, self.accelerator = recipe, accelerator
         sharded = requested_engine() is not None  # then loading is collective, and only converting a file is not
         if sharded:
@@ -401,25 +364,6 @@ def _share(documents: Documents, process: int, processes: int) -> Documents:
     return Documents([documents.tokens[n] for n in mine], documents.utf8_bytes[mine], documents.words[mine])
 
 
-def control_stage(recipe: Recipe, student: Progress) -> StageConfig:
-    """Cross-entropy alone, all parameters trained, for as long as the student took."""
-    control = recipe.control
-    if control.match == "tokens":
-        length = Length(tokens=student.now.tokens)
-    else:
-        length = Length(minutes=student.now.seconds / 60)
-    return StageConfig(
-        name="control",
-        objective={"cross_entropy": 1.0},
-        length=length,
-        candidates=control.candidates,
-        learning_rate=control.learning_rate,
-        schedule=control.schedule,
-        warmup=control.warmup,
-        optimizer=control.optimizer,
-    )
-
-
 def start_accelerator(recipe: Recipe) -> Accelerator:
     torch.set_flush_denormal(True)  # saturated LSTM gates make denormals, which are slow on CPUs
     _keep_freed_memory()
@@ -480,97 +424,6 @@ def _keep_freed_memory() -> None:
         m_trim_threshold, m_mmap_max = -1, -4  # names of malloc.h
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, 2**31 - 1)
-
-
-def _claim_folder(recipe: Recipe, accelerator: Accelerator) -> None:
-    """Make the run folder and put the resolved recipe into it, or check that the one there is the same."""
-    folder, file = recipe.folder, recipe.folder / "recipe.yaml"
-    if accelerator.is_main_process:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"run folder {folder}: cannot be made: {error}; choose another run.output_dir") from None
-        if not os.access(folder, os.W_OK):
-            raise UserError(f"run folder {folder}: not writable; choose another run.output_dir")
-        begun = (folder / "checkpoints").is_dir() or (folder / "result.json").is_file()
-        if begun:
-            try:
-                saved = dump_recipe(load_recipe(folder))
-            except UserError as error:
-                raise UserError(
-                    f"run folder {folder}: its recipe.yaml is missing or damaged, so nobody knows whether this is its "
-                    f"recipe; choose another run.name, or delete it ({error})"
-                ) from None
-            if differences := _differences(yaml.safe_load(saved), yaml.safe_load(dump_recipe(recipe))):
-                raise UserError(
-                    f"run folder {folder} belongs to another recipe; choose another run.name, or delete it:\n  "
-                    + "\n  ".join(differences)
-                )
-        clear_leftovers(folder)
-        write_atomically(file, lambda path: path.write_text(dump_recipe(recipe), encoding="utf-8"))
-    accelerator.wait_for_everyone()
-    deadline = time.monotonic() + SHARED_FOLDER_SECONDS
-    while not file.is_file():
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"run folder {folder.resolve()}: not what the main process sees on {platform.node()}; several machines "
-                "need a common file system for run.output_dir and caches",
-                every_process=True,
-            )
-        time.sleep(0.2)
-
-
-def _claim_inputs(folder: Path, parts: TeacherAndText, weights: str) -> None:
-    """Note which text and which weights this run trains on, or check that they are still the same."""
-    file, dtype = folder / "inputs.json", str(parts.whole_teacher.model.dtype)
-    found = {"text": parts.whole_corpus.fingerprint, "teacher": {dtype: weights}}
-    try:
-        before = read_sealed(file)
-        if before["text"] != found["text"]:
-            what = "its text has changed since it was begun"
-        elif before["teacher"].get(dtype) in (None, weights):
-            return  # other arithmetic, as another machine may have, cannot be compared
-        else:
-            what = "its teacher has other weights than when it was begun"
-        raise UserError(f"run folder {folder}: {what}; choose another run.name, or delete it")
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        logger.warning("%s is damaged (%s) and written anew", file, error)
-    write_json(file, seal(found))
-
-
-def _publish(recipe: Recipe, result: dict[str, Any]) -> None:
-    """Publish where the recipe asks for it and it has not been done."""
-    publishing, file = recipe.publishing, recipe.folder / "published.json"
-    if not publishing.repo:
-        return
-    weights = result.get("files", {}).get("student", {}).get("model.safetensors")
-    done = {"repo": publishing.repo, "branch": publishing.branch, "weights": weights}
-    try:
-        if read_sealed(file).items() >= done.items():
-            return
-    except (OSError, ValueError):
-        pass  # publishing twice changes nothing
-    from distill.hub import publish
-
-    write_json(file, seal({**done, "address": publish(recipe, result)}))
-
-
-def _differences(saved: dict[str, Any], given: dict[str, Any]) -> list[str]:
-    """Fields in which two resolved recipes differ and must not."""
-    found = []
-    for section in given:
-        free = FREE_FIELDS.get(section, set())
-        if free is None:
-            continue
-        if not isinstance(given[section], dict):
-            pairs = [(section, saved.get(section), given[section])]
-        else:
-            before = saved.get(section) or {}
-            pairs = [(f"{section}.{k}", before.get(k), v) for k, v in given[section].items() if k not in free]
-        found += [f"{name}: the run has {a!r}, the recipe {b!r}" for name, a, b in pairs if a != b]
-    return found
 
 
 def leave(accelerator: Accelerator) -> None:

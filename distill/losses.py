@@ -74,6 +74,11 @@ def layer_mse(projected_Nd: Tensor, teacher_Nd: Tensor) -> Tensor:
     return hidden_mse(projected_Nd, F.layer_norm(teacher_Nd.float(), teacher_Nd.shape[-1:]))
 
 
+def logit_mse(student_NV: Tensor, teacher_NV: Tensor) -> Tensor:
+    """Squared distance of logits, averaged over V and summed over N (Ba and Caruana 2014, arXiv 1312.6184)."""
+    return (student_NV.float() - teacher_NV.float()).square().mean(-1).sum()
+
+
 Divergence = Callable[..., Tensor]
 DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": forward_kl,

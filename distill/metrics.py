@@ -86,6 +86,24 @@ class Score:
         """Share of targets at which this model's likeliest token is the teacher's."""
         return None if self.top1_matches is None else self.top1_matches / self.tokens
 
+    @property
+    def curve_figures(self) -> dict[str, float | None]:
+        """What a point of a validation curve holds."""
+        return {
+            "nll_nats": self.nll_nats,
+            "perplexity": self.perplexity,
+            "kl_to_teacher_nats": self.kl_to_teacher_nats,
+            "top1_agreement": self.top1_agreement,
+        }
+
+    @property
+    def in_words(self) -> str:
+        """For the log, of a student that was compared with its teacher."""
+        return (
+            f"{self.nll_nats:.4f} nats (perplexity {self.perplexity:.1f}), KL {self.kl_to_teacher_nats:.4f}, "
+            f"top-1 {self.top1_agreement:.3f}"
+        )
+
     def as_dict(self) -> dict[str, float | int]:
         """The figures as they stand in `result.json`."""
         figures = {

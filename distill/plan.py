@@ -32,7 +32,8 @@ from accelerate import Accelerator
 
 from distill.command import guarded
 from distill.config import Length, Recipe, UserError
-from distill.job import TeacherAndText, Validator, control_stage, leave, select_documents, start_accelerator
+from distill.job import TeacherAndText, Validator, leave, select_documents, start_accelerator
+from distill.loop import control_stage
 from distill.output import machine, print_json, print_table
 from distill.progress import Clock, Progress
 from distill.recipe import load_recipe

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal as signals
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,3 +78,11 @@ class StopFlag:
     def __exit__(self, *exc: object) -> None:
         for signum, handler in self._before.items():
             signals.signal(signum, handler)
+
+
+@contextmanager
+def timed(wall_seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Note how long a part of a run takes."""
+    began = time.perf_counter()
+    yield
+    wall_seconds[part] = time.perf_counter() - began

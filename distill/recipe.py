@@ -177,7 +177,7 @@ def dump_recipe(recipe: Recipe) -> str:
     data = recipe.model_dump(mode="json")
     for stage in data["stages"]:
         stage["freeze"] = sorted(stage["freeze"])
-    for holder in (data["run"], data["evaluation"], *data["stages"]):
+    for holder in filter(None, (data["run"], data["evaluation"], data["fine_tuning"], *data["stages"])):
         for name in ("length", "every", "checkpoint_every"):
             if isinstance(holder.get(name), dict):
                 holder[name] = {unit: value for unit, value in holder[name].items() if value is not None}

@@ -91,12 +91,63 @@ class _Result(_Checked):
         return self
 
 
+class _Accuracy(_Checked):
+    accuracy: Finite
+    accuracy_interval: list[Finite]
+    nll_nats: Finite
+    texts: int
+    parameters: int
+    weight_bytes: int
+    latency_ms_p50: Finite
+    top1_agreement: Finite | None = None
+
+
+class _ClassifyingTeacher(_Accuracy):
+    model: str
+
+
+class _ClassifyingControl(_Accuracy):
+    match: str
+
+
+class _LabelledCorpus(_Checked):
+    fingerprint: str
+    train_texts: int
+
+
+class _ClassificationResult(_Checked):
+    name: str
+    teacher: _ClassifyingTeacher
+    student: _Accuracy
+    control: _ClassifyingControl | None = None
+    accuracy_gain: Finite | None = None
+    speedup: Finite
+    majority_accuracy: Finite
+    classes: list[str]
+    curves: dict[str, list[_Point]]
+    corpus: _LabelledCorpus
+    targets: dict[str, Any]
+    versions: dict[str, str]
+    files: dict[str, dict[str, str]] = {}
+
+    @model_validator(mode="after")
+    def _compared_with_the_control(self) -> Self:
+        if self.control and self.accuracy_gain is None:
+            raise ValueError("accuracy_gain: expected beside the control's figures")
+        return self
+
+
+def is_classification(result: dict[str, Any]) -> bool:
+    """Whether a result is that of a classifier."""
+    return result.get("task") == "classification"
+
+
 def read_result(folder: Path) -> dict[str, Any]:
     """`result.json` of a finished run; UserError where there is none, or it is damaged."""
     file = folder / "result.json"
     try:
         result = read_sealed(file)
-        check(result, _Result)
+        check(result, _ClassificationResult if is_classification(result) else _Result)
     except FileNotFoundError:
         raise UserError(f"{folder}: expected a finished run with its result.json, found none") from None
     except (OSError, ValueError) as error:
@@ -185,37 +236,56 @@ def versions() -> dict[str, str]:
 
 
 def table_rows(result: dict[str, Any]) -> list[dict[str, str]]:
-    """The short table: teacher, student, control.
+    """The short table: teacher, student, control."""
+    rows = _classifier_row if is_classification(result) else _language_model_row
+    return [rows(name, result[name]) for name in ("teacher", "student", "control") if name in result]
 
-    `KL` is KL(teacher || model) in nats a token, `top-1` the share of tokens whose likeliest continuation is the
+
+def _language_model_row(name: str, figures: dict[str, Any]) -> dict[str, str]:
+    """`KL` is KL(teacher || model) in nats a token, `top-1` the share of tokens whose likeliest continuation is the
     teacher's, `tok/s` the speed of greedy decoding at batch 1.
     """
-    rows = []
-    for name in ("teacher", "student", "control"):
-        if name not in result:
-            continue
-        figures = result[name]
-        agreement, kl = figures.get("top1_agreement"), figures.get("kl_to_teacher_nats")
-        speed = figures["decode_tokens_per_second"]
-        rows.append(
-            {
-                "model": name,
-                "ppl": f"{figures['perplexity']:.1f}",
-                "bits/byte": f"{figures['bits_per_byte']:.3f}",
-                "nats": f"{figures['nll_nats']:.3f}",
-                "KL": "–" if kl is None else f"{kl:.3f}",
-                "top-1": "–" if agreement is None else f"{agreement:.3f}",
-                "params": f"{figures['parameters'] / 1e6:.1f} M",
-                "MiB": f"{figures['weight_bytes'] / 2**20:.0f}",
-                "tok/s": "–" if speed is None else f"{speed:.0f}",
-            }
-        )
-    return rows
+    agreement, kl = figures.get("top1_agreement"), figures.get("kl_to_teacher_nats")
+    speed = figures["decode_tokens_per_second"]
+    return {
+        "model": name,
+        "ppl": f"{figures['perplexity']:.1f}",
+        "bits/byte": f"{figures['bits_per_byte']:.3f}",
+        "nats": f"{figures['nll_nats']:.3f}",
+        "KL": "–" if kl is None else f"{kl:.3f}",
+        "top-1": "–" if agreement is None else f"{agreement:.3f}",
+        **_size(figures),
+        "tok/s": "–" if speed is None else f"{speed:.0f}",
+    }
+
+
+def _classifier_row(name: str, figures: dict[str, Any]) -> dict[str, str]:
+    """`agreement` is the share of texts that get the teacher's class, `ms` the median time for one text at batch 1."""
+    low, high = figures["accuracy_interval"]
+    agreement = figures.get("top1_agreement")
+    return {
+        "model": name,
+        "accuracy": f"{figures['accuracy']:.3f}",
+        "95 %": f"{low:.3f}–{high:.3f}",
+        "nats": f"{figures['nll_nats']:.3f}",
+        "agreement": "–" if agreement is None else f"{agreement:.3f}",
+        **_size(figures),
+        "ms": f"{figures['latency_ms_p50']:.2f}",
+    }
+
+
+def _size(figures: dict[str, Any]) -> dict[str, str]:
+    return {"params": f"{figures['parameters'] / 1e6:.1f} M", "MiB": f"{figures['weight_bytes'] / 2**20:.0f}"}
 
 
 def print_result(result: dict[str, Any], folder: Path, console: Console | None = None) -> None:
     """Table, continuations and what distillation gained, for the terminal."""
     console = console or Console()
+    if is_classification(result):
+        print_table(f"{result['name']}, {result['student']['texts']:,} test texts", table_rows(result), console=console)
+        console.print(classification_in_words(result), highlight=False, markup=False)
+        console.print(f"Run folder: {folder}", soft_wrap=True, highlight=False, markup=False)
+        return
     title = f"{result['name']}, validation on {result['student']['tokens']:,} tokens"
     print_table(title, table_rows(result), console=console)
     if served := result["targets"].get("served"):
@@ -232,9 +302,28 @@ def print_result(result: dict[str, Any], folder: Path, console: Console | None =
     console.print(f"Run folder: {folder}", soft_wrap=True, highlight=False, markup=False)
 
 
+def classification_in_words(result: dict[str, Any]) -> str:
+    """What a classifier's run has found."""
+    said = (
+        f"{len(result['classes'])} classes; the most frequent one alone is right in {result['majority_accuracy']:.1%}. "
+        f"The student takes 1/{result['speedup']:.1f} of the teacher's time for a text at batch 1."
+    )
+    if "control" in result:
+        low, high = result["accuracy_gain_interval"]
+        same = result["control"]["match"].replace("_", " ")
+        said += (
+            f" Distillation gained {100 * result['accuracy_gain']:+.1f} points of accuracy ({100 * low:+.1f} to "
+            f"{100 * high:+.1f}) over the control at equal {same}."
+        )
+    return said
+
+
 def plot_curves(result: dict[str, Any], target: Path) -> None:
-    """Validation loss of student and control over training time and over tokens, with the teacher's as a line."""
+    """Validation loss, or a classifier's accuracy, of student and control over training time and over tokens, with the
+    teacher's as a line: on the same text, but for a classifier's, which is of the test."""
     from matplotlib.figure import Figure
+
+    figure_of = "accuracy" if is_classification(result) else "nll_nats"
 
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
@@ -246,15 +335,16 @@ def plot_curves(result: dict[str, Any], target: Path) -> None:
         for name, colour in (("control", "#c1622d"), ("student", "#1f5fa8")):
             points = result["curves"].get(name)
             if points:
-                x, y = [p[key] * scale for p in points], [p["nll_nats"] for p in points]
+                x, y = [p[key] * scale for p in points], [p[figure_of] for p in points]
                 axis.plot(x, y, color=colour, marker="o", markersize=4, label=name)
-        axis.axhline(result["teacher"]["nll_nats"], color="#555555", linestyle="--", linewidth=1, label="teacher")
+        axis.axhline(result["teacher"][figure_of], color="#555555", linestyle="--", linewidth=1, label="teacher")
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    axes[0].set_ylabel("validation loss (nats per token)")
-    axes[1].legend(frameon=False, loc="upper right")
+    of_classifier = figure_of == "accuracy"
+    axes[0].set_ylabel("validation accuracy" if of_classifier else "validation loss (nats per token)")
+    axes[1].legend(frameon=False, loc="lower right" if of_classifier else "upper right")
     figure.suptitle(result["name"], x=0.01, ha="left", fontsize=11)
     write_atomically(target, lambda path: figure.savefig(path, dpi=150, format="png"))

@@ -29,9 +29,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 
 LayerState = tuple[Tensor, Tensor]  # (h_1BH, c_1BH), as nn.LSTM takes and gives them
@@ -58,6 +65,7 @@ class LSTMConfig(PreTrainedConfig):
         head_bias: whether the head has a bias of V numbers.
         tie_word_embeddings: head and embedding are one matrix.
         use_cache: return the state by default outside training.
+        pooling: what a classifier reads of a sequence: `last`, z after its last token; `mean` or `max` over tokens.
         bos_token_id, eos_token_id, pad_token_id: the tokenizer's, read by `generate`.
 
     Raises:
@@ -80,6 +88,7 @@ class LSTMConfig(PreTrainedConfig):
     head_bias: bool = False
     tie_word_embeddings: bool = False
     use_cache: bool = True
+    pooling: str = "last"
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
@@ -96,6 +105,8 @@ class LSTMConfig(PreTrainedConfig):
         for name in ("layer_norm_eps", "initializer_range"):
             if type(value := getattr(self, name)) not in (int, float) or not 0 < value < float("inf"):
                 problems.append(f"{name} must be a positive number, found {value!r}")
+        if self.pooling not in ("last", "mean", "max"):
+            problems.append(f"pooling must be last, mean or max, found {self.pooling!r}")
         if problems:
             raise ValueError("LSTMConfig: " + "; ".join(problems))
 
@@ -303,7 +314,7 @@ class LSTMBlock(nn.Module):
 
 
 class LSTMPreTrainedModel(PreTrainedModel):
-    """What the two models below share: the configuration's class and fresh weights."""
+    """What the models below share: the configuration's class and fresh weights."""
 
     config_class = LSTMConfig
     base_model_prefix = "model"
@@ -458,6 +469,66 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=output.past_key_values)
 
 
+class LSTMForSequenceClassification(LSTMPreTrainedModel):
+    """The student's body with a linear classifier; trains, saves, loads and serves pipelines as the library's do.
+
+    The body reads from left to right, as a language model's does: a classifier can start from a distilled language
+    model (`from_pretrained` of its folder takes the body), and can be asked at any token of a stream. Tang et al.
+    (2019, arXiv 1903.12136) read in both directions.
+    """
+
+    def __init__(self, config: LSTMConfig) -> None:
+        super().__init__(config)
+        self.model = LSTMModel(config)
+        self.score = nn.Linear(config.embedding_size, config.num_labels or 2)  # None is the library's word for 2
+        self.post_init()
+
+    @can_return_tuple  # return_dict=False
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> SequenceClassifierOutput:
+        """Read whole sequences, each from a zero state.
+
+        Args:
+            input_ids: (B, T) token ids; or `inputs_embeds` (B, T, d) in their place.
+            attention_mask: (B, T), 0 for padding, on the left or on the right; a padded batch gives what its rows give
+                one by one. Without it all tokens are read.
+            labels: (B,) class ids, -100 ignored; or what the configuration's `problem_type` asks for.
+            token_type_ids: ignored; tokenizers of encoders pass them.
+
+        Returns:
+            logits (B, `num_labels`), and with labels the library's loss for the `problem_type`.
+
+        Raises:
+            ValueError: both or neither of ids and embeddings; a mask of the wrong shape or with holes.
+        """
+        output = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, use_cache=False, return_dict=True)
+        logits_BC = self.score(self._pool(output.last_hidden_state, attention_mask))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits_BC, config=self.config)
+        return SequenceClassifierOutput(loss=loss, logits=logits_BC)
+
+    def _pool(self, z_BTd: Tensor, attention_mask_BT: Tensor | None) -> Tensor:
+        """One vector (B, d) of each sequence, from its real tokens."""
+        if attention_mask_BT is None:
+            attention_mask_BT = z_BTd.new_ones(z_BTd.shape[:2])
+        real_BT1 = attention_mask_BT.bool()[..., None]
+        match self.config.pooling:
+            case "mean":
+                return z_BTd.masked_fill(~real_BT1, 0.0).sum(1) / real_BT1.sum(1).clamp_min(1)
+            case "max":
+                return z_BTd.masked_fill(~real_BT1, torch.finfo(z_BTd.dtype).min).amax(1)
+        position_T = torch.arange(z_BTd.shape[1], device=z_BTd.device)
+        last_B = ((position_T + 1) * real_BT1[..., 0]).argmax(1)
+        return z_BTd[torch.arange(len(z_BTd), device=z_BTd.device), last_B]
+
+
 def _starts_after_padding(attention_mask_BS: Tensor, T: int, use_cache: bool) -> Tensor:
     """True at the first real token after padding, among the last T columns. Costs one device sync."""
     if attention_mask_BS.ndim != 2 or attention_mask_BS.shape[1] < T:
@@ -480,5 +551,7 @@ def _starts_after_padding(attention_mask_BS: Tensor, T: int, use_cache: bool) ->
 # `auto_map` at it, which is what `trust_remote_code=True` reads.
 AutoConfig.register(LSTMConfig.model_type, LSTMConfig, exist_ok=True)
 AutoModelForCausalLM.register(LSTMConfig, LSTMForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(LSTMConfig, LSTMForSequenceClassification, exist_ok=True)
 LSTMConfig.register_for_auto_class()
 LSTMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+LSTMForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")

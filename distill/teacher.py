@@ -113,12 +113,7 @@ class LanguageModel:
     @cached_property
     def weights_hash(self) -> str:
         """sha256 of all parameters as loaded: names, types and values. Collective where they lie in shards."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(each_parameter(self.model)):
-            values = whole(parameter)
-            digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
-            digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return hash_weights(self.model)
 
     def trimmed(self, tokenizer: PreTrainedTokenizerBase, kept_ids: np.ndarray) -> LanguageModel:
         """This model over a part of its vocabulary, with the tokenizer for it."""
@@ -188,6 +183,16 @@ class LanguageModel:
                 raise UserError(f"teacher {self.name}: its attention does not keep packed documents apart; {OPTIONS}")
 
 
+def hash_weights(network: PreTrainedModel) -> str:
+    """sha256 of all parameters: names, types and values. Collective where they lie in shards."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(each_parameter(network)):
+        values = whole(parameter)
+        digest.update(f"{name} {values.dtype} {tuple(values.shape)}".encode())
+        digest.update(values.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def load_teacher(config: TeacherConfig, device: torch.device) -> LanguageModel:
     """The recipe's teacher, verified and on its device, or in shards over all processes, which is collective."""
     return load_language_model(
@@ -216,7 +221,7 @@ def load_language_model(
     engine: Engine | None = None,
 ) -> LanguageModel:
     """Load any causal model with its tokenizer; UserError names what was not found or does not fit."""
-    torch_dtype = DTYPES[_resolve_dtype(dtype, device)]
+    torch_dtype = DTYPES[resolve_dtype(dtype, device)]
     if engine and device_map:
         raise UserError(
             f"{role}.device_map: {device_map}, but accelerate's configuration shards the {role}; remove one"
@@ -355,7 +360,7 @@ def _convert_gguf(path: Path, role: str) -> Path:
     return folder
 
 
-def _resolve_dtype(dtype: str, device: torch.device) -> str:
+def resolve_dtype(dtype: str, device: torch.device) -> str:
     if dtype != "auto":
         return dtype
     return "bf16" if hardware_has_bf16(device) else "fp32"

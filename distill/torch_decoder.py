@@ -7,32 +7,39 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from distill.config import UserError
 from distill.sampling import Sampler
 from distill.session import available_cores
 from distill.student import LSTMCache, LSTMForCausalLM
 
+Network = TypeVar("Network", bound=PreTrainedModel)
+
 
 def load_student(folder: Path) -> LSTMForCausalLM:
     """A student in fp32, ready to read; UserError for a damaged file or one that lacks weights."""
+    return load_network(folder, LSTMForCausalLM)
+
+
+def load_network(folder: Path, kind: type[Network]) -> Network:
+    """As `load_student`, of any kind."""
     try:
-        loaded: Any = LSTMForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True
-        )
+        loaded: Any = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True)
         student, report = loaded
         if report["missing_keys"]:
             raise ValueError(f"weights missing: {', '.join(sorted(report['missing_keys'])[:4])}")
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{folder}: expected a student's folder with whole weights: {reason}") from None
-    return student.eval().requires_grad_(False)
+    network: Network = student.eval().requires_grad_(False)
+    return network
 
 
 class TorchDecoder:

@@ -1,25 +1,22 @@
-"""The training loop: stages of batch, teacher's signal, student, loss, backward, clip, step.
+"""The training of a language model: steps of batch, teacher's signal, student, loss, backward, clip.
+
+The loop around them is in `distill/loop.py`.
 
 Training lanes are contiguous: lane l's blocks follow one another, and the LSTM's state is carried from
 block to block, detached (stateful truncated backpropagation through time). The batch of a step is all
 lanes over all processes and micro-batches; loss sums are divided once by its tokens, so how a batch is
 cut into processes and micro-batches changes nothing but rounding.
 
-A run that is stopped and started again goes on bit by bit as if it had not been: see
-`distill/checkpoint.py` for what is kept, and `Progress` for where it stands.
-
 Legend: B lanes of a micro-batch, T block length, G lanes of the whole batch, L layers, H hidden size.
 """
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,31 +24,24 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from distill.candidates import Candidates, CandidateSampler
-from distill.checkpoint import Checkpoints, load_state, load_tensors, restore_optimizer, write_atomically
 from distill.config import Recipe, StageConfig, UserError
 from distill.corpus import BlockBatch, Blocks, lane_order
 from distill.fused import State, StudentWithLoss
 from distill.groundwork import Groundwork, States
+from distill.loop import Loop, Step, make_optimizer
 from distill.metrics import Score
 from distill.objective import Objective
-from distill.progress import Clock, Interrupted, Progress, StopFlag
-from distill.schedule import learning_rate_factor
 from distill.signals import Encoding, HiddenSignal
 from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
 from distill.targets import Targets
 from distill.teacher import LanguageModel
-from distill.torch_decoder import load_student
-from distill.tracking import VALIDATION_FIGURES, Tracker
-
-logger = logging.getLogger(__name__)
-Step = tuple[dict[str, Tensor], Tensor, float]  # the terms' sums of this process, the gradient norm, teacher's seconds
+from distill.tracking import Tracker
 
 
 @dataclass(frozen=True)
@@ -64,7 +54,7 @@ class Rehearsal:
     checkpoint: float
 
 
-class Training:
+class Training(Loop):
     """One training of one student: the distilled one, or its control."""
 
     def __init__(
@@ -84,118 +74,59 @@ class Training:
         validate_at_tokens: int | None = None,
         transplant: bool = False,
     ) -> None:
-        self.name, self.recipe, self.stages = name, recipe, stages
-        self.student = student.to(accelerator.device)
+        super().__init__(
+            name,
+            recipe=recipe,
+            stages=stages,
+            student=student,
+            validate=validate,
+            accelerator=accelerator,
+            tracker=tracker,
+            validate_at_tokens=validate_at_tokens,
+        )
+        self.student: LSTMForCausalLM = student
         self.all_blocks = blocks
         self.blocks_with_targets = blocks if blocks_with_targets is None else blocks_with_targets
         self.blocks = self.blocks_with_targets  # of the stage at hand
         self.first_blocks = self.blocks.head if isinstance(self.blocks, BlockStream) else self.blocks
-        self.teacher, self.targets = teacher, targets
-        self.validate, self.accelerator, self.tracker = validate, accelerator, tracker
-        self.validate_at_tokens = validate_at_tokens
-        self.transplant = transplant
+        self.teacher, self.targets, self.transplant = teacher, targets, transplant
         self.groundwork = Groundwork(teacher, student, accelerator, self._first_states)
-        self.checkpoints = Checkpoints(recipe.folder / "checkpoints" / name, recipe.run.keep_checkpoints)
-        self.log_file = recipe.folder / f"{name}.log.jsonl"
         self.lanes = recipe.run.batch_size
         lane_order(len(self.first_blocks), self.lanes, epoch=0, seed=recipe.run.seed)  # UserError if it is too short
         self.micro = micro_batch_size(recipe, accelerator.num_processes)
         self.tokens_per_step = self.lanes * recipe.corpus.block_length
-        self.progress = Progress()
         self.states: dict[int, State] = {}  # carried (h, c) by micro-batch
         self.sampler: CandidateSampler | None = None
-        self.aids: dict[str, Tensor] = {}  # what a stage trains besides the student: the projections of layer_mse
 
     # ---------------------------------------------------------------- the whole training
-
-    def run(self) -> Progress:
-        """Train through all stages, from the newest checkpoint if there is one; the best weights end up in the student.
-
-        Raises Interrupted after a saved stop, UserError for what the user can mend.
-        """
-        resumed = self._resume()
-        if resumed is None and self.targets is not None:
-            self._spend(self.targets.seconds)
-            self.progress.teacher_seconds = self.targets.seconds
-        if resumed is None:
-            with self._spending():
-                self.groundwork.initialise(self.recipe.student, self.transplant, self.occurrences_V)
-        with StopFlag() as stop, logging_redirect_tqdm():
-            while not self.progress.done:
-                self._run_stage(self.stages[self.progress.stage], resumed, stop)
-                resumed = None
-                # A signal may also have come during a stage's last validation.
-                if signum := self._agree(0.0, stop.signum)[1]:
-                    self._all_saved()
-                    raise Interrupted(signum)
-            self._all_saved()
-        self._load_best()
-        return self.progress
-
-    def _run_stage(self, stage: StageConfig, resumed: Path | None, stop: StopFlag) -> None:
-        progress, accelerator = self.progress, self.accelerator
-        optimizer, take_step = self.begin(stage, resumed)
-        last_saved = Clock(**asdict(progress.now))
-        with self._bar(stage) as bar:
-            while True:
-                now = progress.now
-                share = now.share(stage.length, progress.stage_start)
-                if share >= 1 or self._out_of_patience():
-                    break
-                factor = learning_rate_factor(share, stage.schedule, stage.warmup, stage.final_learning_rate)
-                for group in optimizer.param_groups:
-                    group["lr"] = stage.learning_rate * factor
-                began = time.perf_counter()
-                logging_step = (now.steps + 1) % self.recipe.tracking.every == 0
-                sums, grad_norm, teacher_seconds = take_step()
-                if logging_step and accelerator.device.type == "cuda":
-                    torch.cuda.synchronize()  # so that the clock sees the work, not its queue
-                seconds, signum = self._agree(time.perf_counter() - began, stop.signum)
-                progress.teacher_seconds += teacher_seconds
-                now.steps, now.tokens, now.seconds = (
-                    now.steps + 1,
-                    now.tokens + self.tokens_per_step,
-                    now.seconds + seconds,
-                )
-                if logging_step:
-                    self._log(stage, sums, grad_norm, seconds, teacher_seconds, stage.learning_rate * factor)
-                self._advance(bar, stage, sums)
-                if (
-                    now.share(self.recipe.evaluation.every, progress.last_validation) >= 1
-                    or now.tokens == self.validate_at_tokens
-                ):
-                    self._validate(stage)
-                self.checkpoints.check()
-                if signum:
-                    self._save(optimizer)
-                    self._all_saved()
-                    raise Interrupted(signum)
-                if now.share(self.recipe.run.checkpoint_every, last_saved) >= 1:
-                    self._save(optimizer)
-                    last_saved = Clock(**asdict(now))
-        if progress.last_validation.steps != progress.now.steps or not progress.points:
-            self._validate(stage)
-        if not isinstance(self.blocks, BlockStream):
-            progress.stored_steps += progress.now.steps - progress.stage_start.steps
-        progress.stage, progress.stale = progress.stage + 1, 0
-        progress.stage_start = Clock(**asdict(progress.now))
-        progress.done = progress.stage == len(self.stages)
-        self._save(None)
 
     def begin(self, stage: StageConfig, resumed: Path | None = None) -> tuple[Any, Callable[[], Step]]:
         """Set a stage up, from its checkpoint if there is one: its optimizer, and what takes a step of it."""
         self.blocks = self._blocks_of(stage)
         model, optimizer = self._prepare(stage)
-        if resumed is not None:
-            state = load_state(resumed)
-            if state["optimizer_groups"]:
-                restore_optimizer(optimizer, resumed, state)
-                _put(load_tensors(resumed, "model.safetensors"), self.aids)
+        self.restore(optimizer, resumed)
         with self._spending() if resumed is None else nullcontext():
             metric = self.groundwork.metric(stage)
         objective = Objective(stage.weights, stage.temperature, stage.jsd_beta, metric)
         self.sampler = self._sampler(stage)
         return optimizer, partial(self._step, model, optimizer, stage, objective)
+
+    def initialise(self) -> None:
+        if self.targets is not None:
+            self._spend(self.targets.seconds)
+            self.progress.teacher_seconds = self.targets.seconds
+        with self._spending():
+            self.groundwork.initialise(self.recipe.student, self.transplant, self.occurrences_V)
+
+    def tokens_of_step(self, step: int) -> int:
+        return self.tokens_per_step
+
+    def divisor(self, step: int, term: str) -> float:
+        return self.tokens_per_step
+
+    def end_stage(self) -> None:
+        if not isinstance(self.blocks, BlockStream):
+            self.progress.stored_steps += self.progress.now.steps - self.progress.stage_start.steps
 
     def rehearse(self, seconds: float) -> Rehearsal:
         """For a plan: what the stage at hand takes, from steps for so many seconds (two at least) after a warm-up.
@@ -234,19 +165,6 @@ class Training:
                 assert isinstance(signal, HiddenSignal)
                 yield number, batch, reset_BT, signal.hidden_Nd.to(self.accelerator.device).clone()
 
-    @contextmanager
-    def _spending(self) -> Iterator[None]:
-        """Count the time of what is done before a stage's first step."""
-        began = time.perf_counter()
-        yield
-        self._spend(self._agree(time.perf_counter() - began, 0)[0])
-
-    def _spend(self, seconds: float) -> None:
-        """Count time before a stage's first step; the stage itself begins after it."""
-        self.progress.now.seconds += seconds
-        self.progress.stage_start = Clock(**asdict(self.progress.now))
-        self.progress.last_validation = Clock(**asdict(self.progress.now))
-
     # ---------------------------------------------------------------- one step
 
     def _step(self, model: torch.nn.Module, optimizer: Any, stage: StageConfig, objective: Objective) -> Step:
@@ -282,12 +200,8 @@ class Training:
                 accelerator.backward(loss * (accelerator.num_processes / self.tokens_per_step))
             for term, value in parts.items():
                 sums[term] = sums.get(term, torch.zeros((), device=value.device)) + value
-        grad_norm = self._clip(model)
-        # One scalar's synchronisation a step is the price of never stepping on a broken gradient.
-        if not bool(torch.isfinite(grad_norm)) or not all(bool(torch.isfinite(value)) for value in sums.values()):
-            self._refuse(model, sums, grad_norm, micro_batches)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        read = lambda: f"blocks {[int(block) for ids, _ in micro_batches for block in ids]}"  # noqa: E731
+        grad_norm = self.update(model, optimizer, sums, read)
         return sums, grad_norm, teacher_seconds
 
     def _batch(self, block_ids: Any, starts_B: Tensor, blocks: Blocks | BlockStream) -> tuple[BlockBatch, Tensor]:
@@ -342,37 +256,6 @@ class Training:
         labels_N = self.blocks.labels(self._row(step, self.blocks)[0]).flatten().to(self.accelerator.device)
         return self.sampler.draw(labels_N, self.recipe.run.seed * 1_000_003 + step)
 
-    def _clip(self, model: torch.nn.Module) -> Tensor:
-        limit = self.recipe.run.max_grad_norm
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), float("inf") if limit is None else limit)
-        return torch.as_tensor(norm)
-
-    def _refuse(self, model: torch.nn.Module, sums: dict[str, Tensor], grad_norm: Tensor, micro_batches: list) -> None:
-        """Report where a step went wrong, before it reaches the weights."""
-        bad = [
-            name.removeprefix("module.").removeprefix("student.")
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all())
-        ]
-        terms = ", ".join(f"{term} {value.item():.4g}" for term, value in sums.items())
-        blocks = [int(block) for ids, _ in micro_batches for block in ids]
-        shown = ", ".join(bad[:6]) + (f" and {len(bad) - 6} more" if len(bad) > 6 else "")
-        raise UserError(
-            f"{self.name}: step {self.progress.now.steps + 1} refused before the update: loss sums {terms}; gradient "
-            f"norm {grad_norm.item():.4g}; not finite in: {shown or 'the loss alone'}; process "
-            f"{self.accelerator.process_index}, blocks {blocks}. The weights are untouched and the last checkpoint is "
-            "whole; a lower learning_rate, run.max_grad_norm or run.precision=fp32 may help"
-        )
-
-    def _agree(self, seconds: float, signum: int) -> tuple[float, int]:
-        """One clock and one decision for all processes: the main one's seconds, the highest signal of any."""
-        if self.accelerator.num_processes == 1:
-            return seconds, signum
-        shared = torch.zeros(self.accelerator.num_processes, 2, dtype=torch.float64, device=self.accelerator.device)
-        shared[self.accelerator.process_index] = torch.tensor([seconds, float(signum)], dtype=torch.float64)
-        shared = self.accelerator.reduce(shared, "sum")
-        return shared[0, 0].item(), int(shared[:, 1].max().item())
-
     # ---------------------------------------------------------------- set-up of a stage
 
     def _prepare(self, stage: StageConfig) -> tuple[torch.nn.Module, Any]:
@@ -395,228 +278,35 @@ class Training:
             parameter.grad = None
         with_loss = StudentWithLoss(student, self.teacher.width if "layer_mse" in stage.objective else None)
         self.aids = {name: p for name, p in with_loss.named_parameters() if not name.startswith("student.")}
-        decayed = [
-            p for p in with_loss.parameters() if p.requires_grad and p.ndim >= 2 and parts.get(id(p)) != "embedding"
-        ]
-        chosen = {id(p) for p in decayed}
-        others = [p for p in with_loss.parameters() if p.requires_grad and id(p) not in chosen]
-        groups = [
-            {"params": decayed, "weight_decay": stage.weight_decay},
-            {"params": others, "weight_decay": 0.0},
-        ]
-        groups = [group for group in groups if group["params"]]
-        optimizer: torch.optim.Optimizer
-        if stage.optimizer == "sgd":
-            for group in groups:
-                group["weight_decay"] = 0.0
-            optimizer = torch.optim.SGD(groups, lr=stage.learning_rate)
-        else:
-            optimizer = torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas)
+        embeddings = {key for key, part in parts.items() if part == "embedding"}
+        optimizer = make_optimizer(stage, with_loss, embeddings)
         model, optimizer = self.accelerator.prepare(with_loss, optimizer)
         return model, optimizer
 
-    # ---------------------------------------------------------------- validation and logs
-
-    def _validate(self, stage: StageConfig) -> None:
-        """Validate, keep the point, and keep the weights if they are the best so far."""
-        progress, now = self.progress, self.progress.now
-        self.student.eval()
-        score = self.validate(self.student)
-        if not math.isfinite(score.nll_nats):
-            raise UserError(
-                f"{self.name}: its validation loss after step {now.steps} is {score.nll_nats}; the last checkpoint is "
-                "whole; a lower learning_rate, run.max_grad_norm or run.precision=fp32 may help"
-            )
-        point: dict[str, Any] = {
-            "stage": progress.stage,
-            "stage_name": stage.label,
-            "step": now.steps,
-            "tokens": now.tokens,
-            "seconds": now.seconds,
-            "nll_nats": score.nll_nats,
-            "perplexity": score.perplexity,
-            "kl_to_teacher_nats": score.kl_to_teacher_nats,
-            "top1_agreement": score.top1_agreement,
-        }
-        progress.points.append(point)
-        progress.last_validation = Clock(**asdict(now))
-        values = {f"validation/{key}/{self.name}": point[key] for key in VALIDATION_FIGURES}
-        self.tracker.log({**values, "train_seconds": now.seconds, "tokens": now.tokens})
-        logger.info(
-            "%s, step %d, %d tokens, %.0f s: validation loss %.4f nats (perplexity %.1f), KL %.4f, top-1 %.3f",
-            *(self.name, now.steps, now.tokens, now.seconds, score.nll_nats, score.perplexity),
-            *(score.kl_to_teacher_nats, score.top1_agreement),
-        )
-        if progress.best_nll_nats is None or score.nll_nats < progress.best_nll_nats:
-            progress.best_nll_nats, progress.best_step, progress.stale = score.nll_nats, now.steps, 0
-            if self.accelerator.is_main_process:
-                self.checkpoints.save_best(now.steps, self.student)
-        else:
-            progress.stale += 1
-
-    def _out_of_patience(self) -> bool:
-        patience = self.recipe.evaluation.patience
-        return patience is not None and self.progress.stale >= patience
-
-    def _log(
-        self,
-        stage: StageConfig,
-        sums: dict[str, Tensor],
-        grad_norm: Tensor,
-        seconds: float,
-        teacher_seconds: float,
-        lr: float,
-    ) -> None:
-        """Losses of this step over all processes, to the tracker and to the run's own log file."""
-        total = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
-        terms = dict(zip(sums, (total / self.tokens_per_step).tolist(), strict=True))
-        values = {
-            "loss": sum(stage.weights[term] * value for term, value in terms.items()),
-            **{f"loss_{term}": value for term, value in terms.items()},
-            "learning_rate": lr,
-            "grad_norm": grad_norm.item(),
-            "tokens_per_second": self.tokens_per_step / seconds,
-            "teacher_seconds_per_step": teacher_seconds,
-            "student_seconds_per_step": seconds - teacher_seconds,
-        }
-        now = self.progress.now
-        self.tracker.log({**{f"train/{self.name}/{k}": v for k, v in values.items()}, "tokens": now.tokens})
-        self.progress.logged += 1
-        if self.accelerator.is_main_process:
-            row = {
-                "step": now.steps,
-                "tokens": now.tokens,
-                "seconds": now.seconds,
-                "stage": self.progress.stage,
-                **values,
-            }
-            try:
-                with self.log_file.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-            except OSError as error:
-                raise UserError(f"{self.log_file}: cannot be written: {error}; the last checkpoint is whole") from None
-
-    def _bar(self, stage: StageConfig) -> tqdm:
-        """A progress bar in the unit of the stage's length, with the time left."""
-        done = self.progress.now.share(stage.length, self.progress.stage_start)
-        goal, unit = next(
-            (value * scale, unit)
-            for value, scale, unit in (
-                (stage.length.steps, 1, "step"),
-                (stage.length.tokens, 1, "tok"),
-                (stage.length.minutes, 60, "s"),
-            )
-            if value is not None
-        )
-        layout = "{desc}: {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} {unit} [{elapsed}<{remaining}{postfix}]"
-        return tqdm(
-            total=goal,
-            initial=done * goal,
-            unit=unit,
-            unit_scale=False,
-            desc=f"{self.name} {self.progress.stage + 1}/{len(self.stages)} {stage.label}",
-            bar_format=layout,
-            disable=not self.accelerator.is_main_process,
-            dynamic_ncols=True,
-        )
-
-    def _advance(self, bar: tqdm, stage: StageConfig, sums: dict[str, Tensor]) -> None:
-        if bar.disable:
-            return
-        now = self.progress.now
-        share = min(now.share(stage.length, self.progress.stage_start), 1.0)
-        if now.steps % self.recipe.tracking.every == 0:
-            scale = self.tokens_per_step / self.accelerator.num_processes
-            bar.set_postfix_str(
-                ", ".join(f"{term} {value.item() / scale:.3f}" for term, value in sums.items())
-                + f", {now.tokens / max(now.seconds, 1e-9):,.0f} tok/s",
-                refresh=False,
-            )
-        bar.update(share * bar.total - bar.n)
-
     # ---------------------------------------------------------------- saving and resuming
 
-    def _save(self, optimizer: Any | None) -> None:
-        """Begin to write a checkpoint; `optimizer` is None between two stages. Collective: the lanes' states are
-        gathered. Nobody waits for the disk."""
-        lanes = self._gather_lanes()
+    def extras(self) -> dict[str, Tensor]:
+        """The carried states of all lanes of all processes, in lane order: (L, G, H) each."""
         if isinstance(self.all_blocks, BlockStream):
             self.progress.stream = self.all_blocks.state()
-        if self.accelerator.is_main_process:
-            weights = {name: p.detach() for name, p in [*self.student.named_parameters(), *self.aids.items()]}
-            self.checkpoints.save(self.progress.now.steps, weights, optimizer, lanes, asdict(self.progress))
-
-    def _all_saved(self) -> None:
-        """Wait, all processes, until the main one has written what there is to write."""
-        self.checkpoints.wait()
-        self.accelerator.wait_for_everyone()
-
-    def _gather_lanes(self) -> dict[str, Tensor]:
-        """The carried states of all lanes of all processes, in lane order: (L, G, H) each."""
         if not self.states:
             return {}
         h, c = (torch.cat([state[i] for _, state in sorted(self.states.items())], 1).float().cpu() for i in (0, 1))
         parts = gather_object([(h, c)]) if self.accelerator.num_processes > 1 else [(h, c)]
         return {"h_LGH": torch.cat([p[0] for p in parts], 1), "c_LGH": torch.cat([p[1] for p in parts], 1)}
 
-    def _resume(self) -> Path | None:
-        """Load the newest checkpoint, if any, into student, states and progress; returns its folder."""
-        folder = self.checkpoints.latest() if self.accelerator.is_main_process else None
-        shared = broadcast_object_list([folder])
-        folder = shared[0]
-        if folder is None:
-            self._cut_log(0)
-            return None
-        state = load_state(folder)
-        state.pop("optimizer_groups", None)
-        self.progress = Progress.from_dict({k: v for k, v in state.items() if k in Progress.__dataclass_fields__})
-        _put(load_tensors(folder, "model.safetensors"), dict(self.student.named_parameters()))
+    def take_extras(self, tensors: dict[str, Tensor]) -> None:
         if isinstance(self.all_blocks, BlockStream) and self.progress.stream:
             self.all_blocks.load(self.progress.stream)
-        lanes = load_tensors(folder, "lanes.safetensors")
-        if lanes:
-            share = self.lanes // self.accelerator.num_processes
-            first = self.accelerator.process_index * share
-            for number, start in enumerate(range(first, first + share, self.micro)):
-                h, c = (
-                    lanes[key][:, start : start + self.micro].to(self.accelerator.device) for key in ("h_LGH", "c_LGH")
-                )
-                self.states[number] = (h.contiguous(), c.contiguous())
-        self._cut_log(self.progress.now.steps)
-        logger.info("%s: going on from %s", self.name, folder)
-        return folder
-
-    def _cut_log(self, steps: int) -> None:
-        """Forget log lines of steps after the checkpoint: they will be taken again."""
-        if not self.accelerator.is_main_process or not (self.log_file.exists() or self.progress.logged):
+        if not tensors:
             return
-        lines = []
-        if self.log_file.exists():
-            lines = self.log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines if 0 < _step_of(line) <= steps]
-        if len(kept) < self.progress.logged:
-            logger.warning("%s is damaged: %d of %d lines are left", self.log_file, len(kept), self.progress.logged)
-        write_atomically(self.log_file, lambda path: path.write_text("".join(f"{line}\n" for line in kept), "utf-8"))
-
-    def _load_best(self) -> None:
-        """Put the best weights into the student."""
-        best = load_student(self.checkpoints.best(self.progress.best_step))
-        self.student.load_state_dict(best.state_dict())
-        self.student.eval()
-
-
-def _step_of(line: str) -> int:
-    """The step that a line of the log is about; 0 for one that is cut or damaged."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return 0
-
-
-@torch.no_grad()
-def _put(weights: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(weights[name])
+        share = self.lanes // self.accelerator.num_processes
+        first = self.accelerator.process_index * share
+        for number, start in enumerate(range(first, first + share, self.micro)):
+            h, c = (
+                tensors[key][:, start : start + self.micro].to(self.accelerator.device) for key in ("h_LGH", "c_LGH")
+            )
+            self.states[number] = (h.contiguous(), c.contiguous())
 
 
 def micro_batch_size(recipe: Recipe, processes: int) -> int:

@@ -8,13 +8,18 @@ Legend: V vocabulary, d width of the teacher, r width of the student's embedding
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config import StudentConfig, UserError
 from distill.geometry import Basis
-from distill.student import LSTMConfig, LSTMForCausalLM
-from distill.teacher import LanguageModel
+from distill.student import LSTMConfig, LSTMForCausalLM, LSTMForSequenceClassification
+from distill.teacher import LanguageModel, resolve_model
 
 
 def build_student(
@@ -69,6 +74,78 @@ def build_student(
     return student
 
 
+def build_classifier(
+    config: StudentConfig,
+    teacher: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    classes: Sequence[str],
+    *,
+    pooling: str,
+    seed: int,
+    transplant: bool,
+    start_from: str | None = None,
+) -> LSTMForSequenceClassification:
+    """A student that classifies, its random parts drawn from `seed`, in fp32 on the CPU.
+
+    With `transplant` its embedding is the teacher's, or that in its leading principal axes where it is narrower. With
+    `start_from` all but the classifier is a distilled language model's; UserError where that is another kind of model
+    or its sizes are not those of `config`.
+    """
+    labels = {"id2label": dict(enumerate(classes)), "label2id": {name: n for n, name in enumerate(classes)}}
+    shape = {
+        "hidden_size": config.hidden_size,
+        "num_layers": config.num_layers,
+        "input_dropout": config.input_dropout,
+        "output_dropout": config.output_dropout,
+        "recurrent_dropout": config.recurrent_dropout,
+        "pooling": pooling,
+        "pad_token_id": tokenizer.pad_token_id,
+        **labels,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if start_from is not None:
+            return _started_from(start_from, config, shape)
+        embedding: Any = teacher.get_input_embeddings()
+        embedding_Vd = embedding.weight.detach()[: max(tokenizer.get_vocab().values()) + 1].float().cpu()
+        width = config.embedding_size or embedding_Vd.shape[1]
+        if transplant and width > embedding_Vd.shape[1]:
+            raise UserError(
+                f"student.embedding_size: expected at most the width of the teacher's embedding, "
+                f"{embedding_Vd.shape[1]}, with student.transplant, found {width}"
+            )
+        student = LSTMForSequenceClassification(LSTMConfig(vocab_size=len(embedding_Vd), embedding_size=width, **shape))
+    if transplant:
+        if width < embedding_Vd.shape[1]:
+            _, axes_dd = torch.linalg.eigh(embedding_Vd.t() @ embedding_Vd)
+            embedding_Vd = embedding_Vd @ axes_dd.flip(-1)[:, :width]
+        with torch.no_grad():
+            student.model.embed_tokens.weight.copy_(embedding_Vd)
+    return student
+
+
+def _started_from(model: str, config: StudentConfig, shape: dict[str, Any]) -> LSTMForSequenceClassification:
+    source = resolve_model(model, "classification.start_from")
+    try:
+        own: Any = AutoConfig.from_pretrained(source)
+        if not isinstance(own, LSTMConfig):
+            raise ValueError(f"it is a {own.model_type}, expected an LSTM language model of Potstill's")
+        for name in ("hidden_size", "num_layers", "embedding_size"):
+            wanted = getattr(config, name)
+            if wanted is not None and wanted != getattr(own, name):
+                raise ValueError(f"its {name} is {getattr(own, name)}, but student.{name} {wanted}")
+        loaded: Any = LSTMForSequenceClassification.from_pretrained(
+            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **shape
+        )
+        student, report = loaded
+        if lost := sorted(name for name in report["missing_keys"] if not name.startswith("score.")):
+            raise ValueError(f"weights missing: {', '.join(lost[:4])}")
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"classification.start_from: {model}: {reason}") from None
+    return cast(LSTMForSequenceClassification, student)
+
+
 @torch.no_grad()
 def transplant_low_rank(student: LSTMForCausalLM, teacher: LanguageModel, basis: Basis) -> None:
     """The teacher's head in the coordinates of a basis, and its embedding in its own principal axes.
@@ -85,7 +162,7 @@ def transplant_low_rank(student: LSTMForCausalLM, teacher: LanguageModel, basis:
 
 
 @torch.no_grad()
-def align_input(student: LSTMForCausalLM, occurrences_V: Tensor) -> None:
+def align_input(student: LSTMForCausalLM | LSTMForSequenceClassification, occurrences_V: Tensor) -> None:
     """Start the input projection as the embedding's leading principal axes over the text's tokens, of mean variance 1.
 
     A fresh projection of small numbers leaves the residual stream nearly empty, and the embedding's mean, which all

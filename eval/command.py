@@ -38,6 +38,7 @@ from distill.tracking import log_evaluation
 
 logger = logging.getLogger(__name__)
 ROLES = ("teacher", "student", "control")
+CLASSIFIER = "its accuracy and speed stand in its result.json, and the same recipe again prints them"
 Figures = dict[str, Any]
 
 
@@ -79,7 +80,10 @@ def make_subjects(
             continue
         if not (folder / "student" / "config.json").is_file():
             raise UserError(f"{name}: expected a finished run, found no student in it; run its recipe to the end first")
-        teachers.setdefault(load_recipe(folder).teacher.model_copy(update={"context": 0}), []).append(folder)
+        recipe = load_recipe(folder)
+        if recipe.classification is not None:
+            raise UserError(f"{name}: expected a language model's run, found a classifier's; {CLASSIFIER}")
+        teachers.setdefault(recipe.teacher.model_copy(update={"context": 0}), []).append(folder)
         for role in ("student", "control"):
             if role in roles and (folder / role / "config.json").is_file():
                 config = TeacherConfig(model=str(folder / role), dtype="fp32")

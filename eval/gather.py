@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import UserError
-from distill.result import read_result
-from eval.command import Figures, read_results
+from distill.result import is_classification, read_result
+from eval.command import CLASSIFIER, Figures, read_results
 
 PROTOCOLS = ("perplexity", "agreement", "memory", "latency", "generate")
 Points = list[dict[str, Any]]
@@ -24,6 +24,8 @@ Points = list[dict[str, Any]]
 def gather(folders: Sequence[Path]) -> Figures:
     """All that is known of the runs; what `report.json` holds. UserError where a run has none, or teachers differ."""
     runs = [_Run(folder) for folder in folders]
+    if classifiers := [run.folder for run in runs if is_classification(run.result)]:
+        raise UserError(f"{classifiers[0]}: expected a language model's run, found a classifier's; {CLASSIFIER}")
     if len(teachers := {run.result["teacher"]["model"] for run in runs}) > 1:
         raise UserError(f"expected runs of one teacher, found {', '.join(sorted(teachers))}; report them one by one")
     points = [point for number, run in enumerate(runs) for point in run.points(with_teacher=number == 0)]

@@ -18,12 +18,12 @@ from benchmarks.faults import assigned, page
 
 SABOTAGE = """
 import sys
-import distill.train as train
+import distill.loop as loop
 
-def spoiled(folder, name, load=train.load_tensors):
+def spoiled(folder, name, load=loop.load_tensors):
     return {key: value * 1.0001 for key, value in load(folder, name).items()}
 
-train.load_tensors = spoiled
+loop.load_tensors = spoiled
 from benchmarks.faults import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -24,11 +24,12 @@ from conftest import ROOT, World, result_of, run_command, save_llama
 from safetensors.torch import load_file
 from test_invariance import LENGTHS, OPTIMIZERS, assert_same_trajectory, log_of, train
 
-from distill import job, launch
+from distill import launch
 from distill.config import UserError
 from distill.job import TeacherAndText, _share, start_accelerator
 from distill.metrics import Documents
 from distill.recipe import load_recipe
+from distill.run_folder import claim_folder
 from distill.sharding import Engine, requested_engine
 from distill.targets import shard_file
 from distill.train import micro_batch_size
@@ -284,11 +285,11 @@ def test_shares_of_the_validation_are_about_equal() -> None:
 def test_a_run_folder_that_another_machine_does_not_see(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(job, "SHARED_FOLDER_SECONDS", 0.0)
+    monkeypatch.setattr("distill.run_folder.SHARED_FOLDER_SECONDS", 0.0)
     recipe = load_recipe(str(world.recipe), [f"run.output_dir={tmp_path}"])
     elsewhere: Any = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
     with pytest.raises(UserError, match="common file system") as caught:
-        job._claim_folder(recipe, elsewhere)
+        claim_folder(recipe, elsewhere)
     assert caught.value.every_process
 
 
