@@ -24,7 +24,7 @@ from distill.accuracy import Verdicts, gain, majority_accuracy
 from distill.augment import Augmenter
 from distill.classifier import load_classifier, logits_of
 from distill.classify import ClassifierTraining
-from distill.config import Recipe, StageConfig
+from distill.config import Recipe, StageConfig, UserError
 from distill.corpus import hash_tokenizer
 from distill.labelled import NO_LABEL, Texts, Tokens, encode, load_labelled
 from distill.loop import control_stage
@@ -56,6 +56,7 @@ class ClassificationJob:
                 self.teacher = load_classifier(
                     recipe.teacher, self.text.classes, recipe.fine_tuning, self.accelerator.device, recipe.run.seed
                 )
+            self._check_sizes()
             student = self._student()  # first: it may be refused
             if self.accelerator.is_main_process:
                 network = self.teacher.network
@@ -89,6 +90,25 @@ class ClassificationJob:
         if self.accelerator.is_main_process:
             write_result(recipe, result, models, self.tokenizer, self.tracker)
         return result
+
+    def _check_sizes(self) -> None:
+        """UserError where a batch is larger than what it is drawn from."""
+        recipe, labelled = self.recipe, self.labelled_texts
+        every = len(self.text.train) * (1 + (recipe.augmentation.copies if recipe.augmentation else 0))
+        on_labels = recipe.control.enabled or not all(stage.needs_teacher for stage in recipe.stages)
+        batches = [("run", recipe.run.batch_size, labelled if on_labels else every)]
+        if recipe.fine_tuning:
+            batches.append(("fine_tuning", recipe.fine_tuning.batch_size, labelled))
+        for section, size, texts in batches:
+            if not self.accelerator.num_processes <= size <= texts:
+                raise UserError(
+                    f"{section}.batch_size: expected at least the processes ({self.accelerator.num_processes}) and at "
+                    f"most the texts that it is drawn from ({texts:,}), found {size}"
+                )
+
+    @property
+    def labelled_texts(self) -> int:
+        return int((self.text.train.labels_N != NO_LABEL).sum())
 
     # ---------------------------------------------------------------- what the student learns from
 
@@ -211,11 +231,10 @@ class ClassificationJob:
         return found
 
     def _about_text(self) -> dict[str, Any]:
-        labelled = int((self.text.train.labels_N != NO_LABEL).sum())
         return {
             "fingerprint": self.text.fingerprint,
-            "train_texts": labelled,
-            "unlabelled_texts": len(self.text.train) - labelled,
+            "train_texts": self.labelled_texts,
+            "unlabelled_texts": len(self.text.train) - self.labelled_texts,
             "copies": len(self.copies),
             "validation_texts": len(self.text.validation),
             "test_texts": len(self.text.test),

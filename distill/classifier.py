@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from distill.config import FineTuningConfig, TeacherConfig, UserError
 from distill.labelled import Tokens
 from distill.sharding import requested_engine
-from distill.teacher import DTYPES, resolve_dtype, resolve_model
+from distill.teacher import DTYPES, resolve_dtype, resolve_model, without_load_report
 
 
 @dataclass
@@ -58,7 +58,7 @@ def load_classifier(
     labels = {"num_labels": len(classes), "id2label": dict(enumerate(classes))} if fine_tuning else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **loading)
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), without_load_report():
             torch.manual_seed(seed)
             loaded: Any = AutoModelForSequenceClassification.from_pretrained(
                 source,

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from distill import losses
 from distill.classifier import Recall
-from distill.config import StageConfig, UserError
+from distill.config import StageConfig
 from distill.labelled import NO_LABEL, Tokens, epoch_batches
 from distill.loop import Loop, Step, make_optimizer
 
@@ -106,11 +106,7 @@ class ClassifierTraining(Loop):
     def begin(self, stage: StageConfig, resumed: Path | None = None) -> tuple[Any, Callable[[], Step]]:
         labelled_N = np.flatnonzero(self.labels_N != NO_LABEL)
         self.rows_N = np.arange(len(self.tokens)) if stage.needs_teacher else labelled_N
-        if len(self.rows_N) < self.batch_size:
-            raise UserError(
-                f"run.batch_size: expected at most the {len(self.rows_N)} texts that stage {stage.label} of "
-                f"{self.name} trains on, found {self.batch_size}"
-            )
+        assert len(self.rows_N) >= self.batch_size, "the job has compared them"
         self._epoch.cache_clear()
         self.accelerator.free_memory()
         torch.manual_seed(self.recipe.run.seed + self.progress.stage)

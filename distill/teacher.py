@@ -183,6 +183,17 @@ class LanguageModel:
                 raise UserError(f"teacher {self.name}: its attention does not keep packed documents apart; {OPTIONS}")
 
 
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """transformers' table of missing and unexpected weights is not shown: what it says is checked here."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
 def hash_weights(network: PreTrainedModel) -> str:
     """sha256 of all parameters: names, types and values. Collective where they lie in shards."""
     digest = hashlib.sha256()

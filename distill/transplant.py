@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from distill.config import StudentConfig, UserError
 from distill.geometry import Basis
 from distill.student import LSTMConfig, LSTMForCausalLM, LSTMForSequenceClassification
-from distill.teacher import LanguageModel, resolve_model
+from distill.teacher import LanguageModel, resolve_model, without_load_report
 
 
 def build_student(
@@ -134,9 +134,10 @@ def _started_from(model: str, config: StudentConfig, shape: dict[str, Any]) -> L
             wanted = getattr(config, name)
             if wanted is not None and wanted != getattr(own, name):
                 raise ValueError(f"its {name} is {getattr(own, name)}, but student.{name} {wanted}")
-        loaded: Any = LSTMForSequenceClassification.from_pretrained(
-            source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **shape
-        )
+        with without_load_report():
+            loaded: Any = LSTMForSequenceClassification.from_pretrained(
+                source, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **shape
+            )
         student, report = loaded
         if lost := sorted(name for name in report["missing_keys"] if not name.startswith("score.")):
             raise ValueError(f"weights missing: {', '.join(lost[:4])}")

@@ -27,7 +27,7 @@ from distill.accuracy import Verdicts
 from distill.checkpoint import write_atomically
 from distill.classifier import Ask, Classifier, Recall, logits_of, train_upper
 from distill.classify import ClassifierTraining
-from distill.config import FineTuningConfig, Recipe, StageConfig, UserError
+from distill.config import FineTuningConfig, Recipe, StageConfig
 from distill.labelled import NO_LABEL, LabelledText, Tokens, encode
 from distill.progress import Progress
 from distill.sealed import damage, write_checksums
@@ -123,11 +123,6 @@ class Tuition:
 
     def _recall(self, config: FineTuningConfig) -> Recall | None:
         """What the layers that are not trained make of all texts; None where all of them are trained."""
-        if config.batch_size < self.accelerator.num_processes:
-            raise UserError(
-                f"fine_tuning.batch_size: expected at least the {self.accelerator.num_processes} processes, found "
-                f"{config.batch_size}"
-            )
         lower = train_upper(self.teacher.network, config.layers)
         return None if lower is None else Recall(self.teacher, lower, self.tokens)
 
