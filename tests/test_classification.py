@@ -211,9 +211,8 @@ def test_a_student_of_a_tuned_teacher_that_starts_from_another_student(
 ) -> None:
     """A teacher that is a classifier already, and a body distilled before: no fine-tuning, no copies."""
     save_tokenizer(tmp_path, WORDS)
-    LSTMForCausalLM(LSTMConfig(vocab_size=40, embedding_size=12, hidden_size=16, num_layers=1)).save_pretrained(
-        tmp_path
-    )
+    sizes = {"vocab_size": 40, "embedding_size": 12, "hidden_size": 16, "num_layers": 1}
+    LSTMForCausalLM(LSTMConfig(**sizes)).save_pretrained(tmp_path)
     given = load_recipe(
         recipe,
         ["run.name=second", f"teacher.model={finished / 'teacher'}", "fine_tuning=null", "augmentation=null",

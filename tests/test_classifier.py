@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from transformers import (
 from benchmarks.tiny import WORDS, World, save_tokenizer
 from distill.accuracy import Verdicts, gain, majority_accuracy, wilson_interval
 from distill.classifier import Classifier, Recall, load_classifier, logits_of, train_upper
-from distill.classify import objective_sums
+from distill.classify import ClassifierTraining, objective_sums
 from distill.config import (
     ClassificationConfig,
     CorpusConfig,
@@ -194,6 +195,13 @@ def test_terms_against_their_formulas() -> None:
         kl += T**2 * sum(b * math.log(b / a) for a, b in zip(q, p, strict=True))
     found = {term: value.item() for term, value in sums.items()}
     assert found == pytest.approx({"logit_mse": mse, "cross_entropy": ce, "forward_kl": kl}, rel=1e-5)
+
+
+def test_sums_are_divided_by_texts_and_cross_entropy_by_those_with_a_label() -> None:
+    labels_N = np.array([0, NO_LABEL, 2, NO_LABEL, NO_LABEL])
+    step: Any = SimpleNamespace(labels_N=labels_N, _rows=lambda step: np.array([[0, 1, 3, 2], [1, 3, 4, 1]][step]))
+    assert [ClassifierTraining.divisor(step, n, "logit_mse") for n in (0, 1)] == [4, 4]
+    assert [ClassifierTraining.divisor(step, n, "cross_entropy") for n in (0, 1)] == [2, 1], "never by nothing"
 
 
 def test_figures_of_verdicts() -> None:
