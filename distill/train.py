@@ -36,7 +36,7 @@ from distill.candidates import Candidates, CandidateSampler
 from distill.checkpoint import Checkpoints, load_state, load_tensors, restore_optimizer, write_atomically
 from distill.config import Recipe, StageConfig, UserError
 from distill.corpus import BlockBatch, Blocks, lane_order
-from distill.fused import State, StudentWithLoss
+from distill.fused import StudentWithLoss
 from distill.groundwork import Groundwork, States
 from distill.metrics import Score
 from distill.objective import Objective
@@ -44,7 +44,7 @@ from distill.progress import Clock, Interrupted, Progress, StopFlag
 from distill.schedule import learning_rate_factor
 from distill.signals import Encoding, HiddenSignal
 from distill.stream import BlockStream
-from distill.student import LSTMForCausalLM
+from distill.student import LSTMForCausalLM, State
 from distill.targets import Targets
 from distill.teacher import LanguageModel
 from distill.torch_decoder import load_student
@@ -102,7 +102,7 @@ class Training:
         self.micro = micro_batch_size(recipe, accelerator.num_processes)
         self.tokens_per_step = self.lanes * recipe.corpus.block_length
         self.progress = Progress()
-        self.states: dict[int, State] = {}  # carried (h, c) by micro-batch
+        self.states: dict[int, State] = {}  # carried, by micro-batch
         self.sampler: CandidateSampler | None = None
         self.aids: dict[str, Tensor] = {}  # what a stage trains besides the student: the projections of layer_mse
 
@@ -393,7 +393,8 @@ class Training:
         for parameter in student.parameters():
             parameter.requires_grad_(parts.get(id(parameter), "body") not in resting)
             parameter.grad = None
-        with_loss = StudentWithLoss(student, self.teacher.width if "layer_mse" in stage.objective else None)
+        layer_width = self.teacher.width if "layer_mse" in stage.objective else None
+        with_loss = StudentWithLoss(student, layer_width, self.recipe.student.penalties)
         self.aids = {name: p for name, p in with_loss.named_parameters() if not name.startswith("student.")}
         decayed = [
             p for p in with_loss.parameters() if p.requires_grad and p.ndim >= 2 and parts.get(id(p)) != "embedding"
@@ -470,8 +471,9 @@ class Training:
         """Losses of this step over all processes, to the tracker and to the run's own log file."""
         total = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
         terms = dict(zip(sums, (total / self.tokens_per_step).tolist(), strict=True))
+        weights = {**stage.weights, **self.recipe.student.penalties}
         values = {
-            "loss": sum(stage.weights[term] * value for term, value in terms.items()),
+            "loss": sum(weights[term] * value for term, value in terms.items()),
             **{f"loss_{term}": value for term, value in terms.items()},
             "learning_rate": lr,
             "grad_norm": grad_norm.item(),
@@ -552,12 +554,18 @@ class Training:
         self.accelerator.wait_for_everyone()
 
     def _gather_lanes(self) -> dict[str, Tensor]:
-        """The carried states of all lanes of all processes, in lane order: (L, G, H) each."""
+        """The carried states of all lanes of all processes, in lane order: their parts by name, lanes on axis 1."""
         if not self.states:
             return {}
-        h, c = (torch.cat([state[i] for _, state in sorted(self.states.items())], 1).float().cpu() for i in (0, 1))
-        parts = gather_object([(h, c)]) if self.accelerator.num_processes > 1 else [(h, c)]
-        return {"h_LGH": torch.cat([p[0] for p in parts], 1), "c_LGH": torch.cat([p[1] for p in parts], 1)}
+        micro_batches = zip(*(state for _, state in sorted(self.states.items())), strict=True)
+        own = [torch.cat(parts, 1).float().cpu() for parts in micro_batches]
+        processes = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
+        return {
+            name: torch.cat(parts, 1) for name, parts in zip(self._lane_names(), zip(*processes, strict=True), strict=True)
+        }
+
+    def _lane_names(self) -> list[str]:
+        return [name.replace("B", "G") for name in self.student.model.state_names]
 
     def _resume(self) -> Path | None:
         """Load the newest checkpoint, if any, into student, states and progress; returns its folder."""
@@ -578,10 +586,8 @@ class Training:
             share = self.lanes // self.accelerator.num_processes
             first = self.accelerator.process_index * share
             for number, start in enumerate(range(first, first + share, self.micro)):
-                h, c = (
-                    lanes[key][:, start : start + self.micro].to(self.accelerator.device) for key in ("h_LGH", "c_LGH")
-                )
-                self.states[number] = (h.contiguous(), c.contiguous())
+                parts = (lanes[name][:, start : start + self.micro] for name in self._lane_names())
+                self.states[number] = tuple(part.to(self.accelerator.device).contiguous() for part in parts)
         self._cut_log(self.progress.now.steps)
         logger.info("%s: going on from %s", self.name, folder)
         return folder
