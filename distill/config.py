@@ -186,8 +186,8 @@ class StudentConfig(Section):
     """Weight in every stage's loss of the mean square of the last recurrent layer's outputs, after dropout; 2 in the
     paper."""
     temporal_activation_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Weight in every stage's loss of the mean square of their change from a position to the next in its document, before
-    dropout; 1 in the paper."""
+    """Weight in every stage's loss of the mean square of their change from a position to the next in its document,
+    before dropout; 1 in the paper."""
 
     @property
     def penalties(self) -> dict[str, float]:
@@ -514,8 +514,8 @@ class Recipe(Section):
         window = self.student.attention_window
         if window is not None and window > self.corpus.block_length:
             problems.append(
-                f"student.attention_window: expected at most corpus.block_length ({self.corpus.block_length}), over which "
-                f"gradients reach, found {window}"
+                f"student.attention_window: expected at most the {self.corpus.block_length} of corpus.block_length, the "
+                f"reach of gradients, found {window}"
             )
         if self.endpoint:
             problems += self._against_endpoint(self.endpoint)

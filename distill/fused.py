@@ -75,7 +75,8 @@ class StudentWithLoss(nn.Module):
         last_outputs: list[Tensor] = []  # of the last cell, before dropout and after it
         if self.penalties:
             dropout = self.student.model.layers[-1].get_submodule("dropout")
-            hooks.append(dropout.register_forward_hook(lambda _, inputs, output: last_outputs.extend((*inputs, output))))
+            hook = dropout.register_forward_hook(lambda _, inputs, output: last_outputs.extend((*inputs, output)))
+            hooks.append(hook)
         output = self.student.model(inputs_BT, past_key_values=carried, reset_mask=reset_BT, use_cache=True)
         for hook in hooks:
             hook.remove()
@@ -106,7 +107,8 @@ class StudentWithLoss(nn.Module):
             sums["layer_mse"] = torch.stack(distances).mean()
             loss = loss + objective.weights["layer_mse"] * sums["layer_mse"]
         for name, weight in self.penalties.items():
-            sums[name] = losses.PENALTIES[name](*last_outputs, reset_BT)
+            output_BTH, dropped_BTH = last_outputs
+            sums[name] = losses.PENALTIES[name](output_BTH, dropped_BTH, reset_BT)
             loss = loss + weight * sums[name]
         return loss, {name: value.detach() for name, value in sums.items()}, carried.state
 

@@ -19,9 +19,9 @@ In this order: configuration, cache, cells, blocks, models. The file imports tor
     AutoModelForCausalLM.from_pretrained("OWNER/STUDENT", trust_remote_code=True)
 
 Shapes in names: B sequences, T positions, V vocabulary, d teacher's width (`embedding_size`), H width of the cells
-(`hidden_size`), G = 4 H gates, L layers, W window of the attention, M = W - 1 states before a position's own, S = M + T,
-1 a dimension of size one. `reset_BT[b, t]` is True where the state of sequence b is zero *before* position t is read:
-the first token of a document in a packed block, or the first real token after padding.
+(`hidden_size`), G gates of all units, L layers, W window of the attention, M = W - 1 positions before one's own, 1 a
+dimension of size one. `reset_BT[b, t]` is True where the state of sequence b is zero *before* position t is read: the
+first token of a document in a packed block, or the first real token after padding.
 """
 
 import copy
@@ -235,11 +235,11 @@ class LSTMCache:
 
 
 class Steps(NamedTuple):
-    """How one run of nn.LSTM or nn.GRU forgets in the middle, in rows that do so at different positions, R times at most.
+    """How one run of nn.LSTM or nn.GRU forgets in the middle, in rows that do so at different positions.
 
-    It takes S = T + R steps. A row that resets at a position spends a step before it after which its state is 0 exactly,
-    and through which no gradient comes back; rows with fewer resets end with steps that leave the state as it is. Inputs
-    beside x drive the gates to that:
+    With at most R resets in a row it takes S = T + R steps. A row that resets at a position spends a step before it
+    after which its state is 0 exactly, and through which no gradient comes back; rows with fewer resets end with steps
+    that leave the state as it is. Inputs beside x drive the gates to that:
 
     - LSTM: forgetting shuts i, f and o, so h = c = 0; holding shuts i and opens f, so c = c'.
     - GRU: forgetting shuts r and z, holding shuts r and opens z. Both need n = 0, so the bias of n that does not pass
@@ -251,7 +251,7 @@ class Steps(NamedTuple):
 
     source_BS: Tensor  # the position that a step reads, T for none
     place_BT: Tensor  # the step that reads a position
-    signals_BSI: Tensor  # I = SIGNALS: 1 in the first where a row forgets, in the second where it holds, else in the third
+    signals_BSI: Tensor  # I = SIGNALS: 1 in the first where a row forgets, the second where it holds, the third else
 
     @classmethod
     def of(cls, reset_BT: Tensor) -> "Steps | None":
@@ -284,22 +284,23 @@ class Steps(NamedTuple):
 
     def weights_of_gru(self, weights: list[Tensor]) -> list[Tensor]:
         """`weight_ih` with the columns of the signals, and `bias_ih` without that of n; gates are stacked r, z, n."""
-        weight_3HH, recurrent_3HH, bias_3H, recurrent_bias_3H = weights
-        bias_3_H = bias_3H.unflatten(0, (3, -1))
-        zeros_3_H = torch.zeros_like(bias_3_H)
-        columns_3HI = weight_3HH.new_zeros(3, bias_3_H.shape[1], SIGNALS)
-        columns_3HI[:, :, 0] = weight_3HH.new_tensor([-SHUT, -SHUT, 0.0])[:, None]
-        columns_3HI[:, :, 1] = weight_3HH.new_tensor([-SHUT, SHUT, 0.0])[:, None]
-        columns_3HI[2, :, 2] = bias_3_H[2]
-        biases_3_H = torch.cat([bias_3_H[:2], zeros_3_H[2:]])
-        return [torch.cat([weight_3HH, columns_3HI.flatten(0, 1)], 1), recurrent_3HH, biases_3_H.flatten(), recurrent_bias_3H]
+        weight_GH, recurrent_GH, bias_G, recurrent_bias_G = weights
+        r_H, z_H, n_H = bias_G.chunk(3)
+        columns_3HI = weight_GH.new_zeros(3, len(n_H), SIGNALS)
+        columns_3HI[:, :, 0] = weight_GH.new_tensor([-SHUT, -SHUT, 0.0])[:, None]
+        columns_3HI[:, :, 1] = weight_GH.new_tensor([-SHUT, SHUT, 0.0])[:, None]
+        columns_3HI[2, :, 2] = n_H
+        weight_GK = torch.cat([weight_GH, columns_3HI.flatten(0, 1)], 1)
+        return [weight_GK, recurrent_GH, torch.cat([r_H, z_H, torch.zeros_like(n_H)]), recurrent_bias_G]
 
     def at_positions(self, output_BSH: Tensor) -> Tensor:
         """The outputs of the T positions."""
         return output_BSH.gather(1, self.place_BT[..., None].expand(-1, -1, output_BSH.shape[-1]))
 
 
-def run_fused(cell: nn.LSTM | nn.GRU, x_BTH: Tensor, state: State, steps: Steps | None, dropout: float) -> tuple[Tensor, State]:
+def run_fused(
+    cell: nn.LSTM | nn.GRU, x_BTH: Tensor, state: State, steps: Steps | None, dropout: float
+) -> tuple[Tensor, State]:
     """One run of the library's own cell: (outputs, state after them). `dropout`: of the recurrent weights.
 
     Of the GRU this is the form that cuDNN has: r is applied after the recurrent product, and z says what is kept,
@@ -307,8 +308,8 @@ def run_fused(cell: nn.LSTM | nn.GRU, x_BTH: Tensor, state: State, steps: Steps 
         r = sigmoid(W_r x + U_r h' + b_r)    n = tanh(W_n x + b_n + r * (U_n h' + e_n))
         z = sigmoid(W_z x + U_z h' + b_z)    h = (1 - z) * n + z * h'
 
-    where Cho et al. (2014, arXiv 1406.1078) have tanh(W_n x + U_n (r * h') + b_n) and, in the usual notation since, a z
-    that says what is new. The recurrent product can then be taken of all gates at once; the two are different functions.
+    where Cho et al. (2014, arXiv 1406.1078) have n = tanh(W_n x + U_n (r * h') + b_n), a different function, whose
+    recurrent product has to wait for r; and where others write h = (1 - z) * h' + z * n, their z is 1 - z of here.
     """
     gru = isinstance(cell, nn.GRU)
     if steps is None and not dropout:
@@ -355,8 +356,8 @@ class LayerNormLSTM(nn.Module):
 
     def forward(self, x_BTH: Tensor, state: State, reset_BT: Tensor | None, dropout: float) -> tuple[Tensor, State]:
         """As `run_fused`, with resets in place of steps."""
-        weight_GH, device = self.weight_hh, x_BTH.device.type
-        weight_GH = F.dropout(weight_GH, dropout) if dropout else weight_GH
+        device = x_BTH.device.type
+        weight_GH: Tensor = F.dropout(self.weight_hh, dropout) if dropout else self.weight_hh
         if torch.is_autocast_enabled(device):
             weight_GH = weight_GH.to(torch.get_autocast_dtype(device))
         input_BTG = self.input_norm(F.linear(x_BTH, self.weight_ih)) + self.bias
@@ -371,8 +372,8 @@ class LayerNormLSTM(nn.Module):
 class LayerNormRecurrence(torch.autograd.Function):
     """The loop of LayerNormLSTM over positions, with its gradient written out.
 
-    Autograd's own would go through the recurrent matrix and its gradient once a position; here each weight's gradient is
-    one product over all of them at the end.
+    Autograd's own would add to the recurrent matrix's gradient once a position; here each weight's gradient is one
+    product over all positions at the end.
     """
 
     @staticmethod
@@ -443,7 +444,7 @@ class LayerNormRecurrence(torch.autograd.Function):
 
 
 class Dropout(nn.Module):
-    """Dropout of (B, T, H), with one mask for all positions where it is `locked` (Gal and Ghahramani, arXiv 1512.05287)."""
+    """Dropout of (B, T, H); if `locked` with one mask for all positions (Gal and Ghahramani 2015, arXiv 1512.05287)."""
 
     def __init__(self, probability: float, locked: bool) -> None:
         super().__init__()
@@ -639,7 +640,8 @@ class LSTMModel(LSTMPreTrainedModel):
             raise ValueError("give exactly one of input_ids (B, T) and inputs_embeds (B, T, embedding_size)")
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        embedded_BTd = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        embedded_BTd = inputs_embeds if input_ids is None else self._embed(input_ids)
+        assert embedded_BTd is not None, "one of the two was given"
         B, T = embedded_BTd.shape[:2]
         cache = LSTMCache() if past_key_values is None else past_key_values
 

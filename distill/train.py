@@ -560,9 +560,8 @@ class Training:
         micro_batches = zip(*(state for _, state in sorted(self.states.items())), strict=True)
         own = [torch.cat(parts, 1).float().cpu() for parts in micro_batches]
         processes = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
-        return {
-            name: torch.cat(parts, 1) for name, parts in zip(self._lane_names(), zip(*processes, strict=True), strict=True)
-        }
+        lanes = (torch.cat(parts, 1) for parts in zip(*processes, strict=True))
+        return dict(zip(self._lane_names(), lanes, strict=True))
 
     def _lane_names(self) -> list[str]:
         return [name.replace("B", "G") for name in self.student.model.state_names]

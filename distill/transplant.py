@@ -45,8 +45,8 @@ def build_student(
     if transplant and config.feed_forward_from == "teacher":
         if narrow:
             raise UserError(
-                f"student.feed_forward_from: teacher needs an embedding of the teacher's width of {teacher.width}, whose "
-                f"axes its feed-forward blocks know; found student.embedding_size {width}"
+                f"student.feed_forward_from: teacher needs an embedding of the teacher's width of {teacher.width}, "
+                f"whose axes its feed-forward blocks know; found student.embedding_size {width}"
             )
         teacher_feed_forwards(teacher, config.num_layers, config.feed_forward_size or 0)
     tied = config.tie_embeddings
