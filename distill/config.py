@@ -514,8 +514,8 @@ class Recipe(Section):
         window = self.student.attention_window
         if window is not None and window > self.corpus.block_length:
             problems.append(
-                f"student.attention_window: expected at most the {self.corpus.block_length} of corpus.block_length, the "
-                f"reach of gradients, found {window}"
+                f"student.attention_window: expected at most corpus.block_length ({self.corpus.block_length}), "
+                f"as far as gradients reach, found {window}"
             )
         if self.endpoint:
             problems += self._against_endpoint(self.endpoint)

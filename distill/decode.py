@@ -196,7 +196,7 @@ def load_decoder(folder: Path, threads: int | None = None) -> Decoder:
         command = [sys.executable, "-m", "distill.export", str(folder), "--to", "decoder"]
         made = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if made.returncode:
-            refuse(made.stderr.strip().removeprefix("error: ") or "distill.export failed")
+            refuse(made.stderr.strip().rpartition("error: ")[2] or "distill.export failed")  # progress bars come first
     return Decoder(folder, threads)
 
 

@@ -239,11 +239,11 @@ class Steps(NamedTuple):
 
     With at most R resets in a row it takes S = T + R steps. A row that resets at a position spends a step before it
     after which its state is 0 exactly, and through which no gradient comes back; rows with fewer resets end with steps
-    that leave the state as it is. Inputs beside x drive the gates to that:
+    that leave c as it is. Inputs beside x drive the gates to that:
 
     - LSTM: forgetting shuts i, f and o, so h = c = 0; holding shuts i and opens f, so c = c'.
-    - GRU: forgetting shuts r and z, holding shuts r and opens z. Both need n = 0, so the bias of n that does not pass
-      through r comes in with the third signal, at steps that read a position.
+    - GRU: forgetting shuts r and z, so h = n; and n = 0, as the bias of n that does not pass through r comes in with
+      the third signal, at steps that read a position. There is nothing to hold: h is the last position's output.
 
     Cutting the run into pieces instead, with the state carried, is slower: the backward pass goes through all weights
     once a piece.
@@ -288,7 +288,6 @@ class Steps(NamedTuple):
         r_H, z_H, n_H = bias_G.chunk(3)
         columns_3HI = weight_GH.new_zeros(3, len(n_H), SIGNALS)
         columns_3HI[:, :, 0] = weight_GH.new_tensor([-SHUT, -SHUT, 0.0])[:, None]
-        columns_3HI[:, :, 1] = weight_GH.new_tensor([-SHUT, SHUT, 0.0])[:, None]
         columns_3HI[2, :, 2] = n_H
         weight_GK = torch.cat([weight_GH, columns_3HI.flatten(0, 1)], 1)
         return [weight_GK, recurrent_GH, torch.cat([r_H, z_H, torch.zeros_like(n_H)]), recurrent_bias_G]
