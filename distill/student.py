@@ -41,6 +41,7 @@ State = tuple[Tensor, ...]  # the sequences are axis 1 of each part
 STATE_NAMES = {"lstm": ("h_LBH", "c_LBH"), "gru": ("h_LBH",), "ln_lstm": ("h_LBH", "c_LBH")}  # by cell
 MEMORY_NAMES = ("memory_MBH", "valid_MB")  # of the attention, after those of the cells
 SIGNALS = 32  # inputs beside x that tell the gates what to do; three are used, oneDNN likes a round number
+STRETCH = 256  # positions that attend at one time: scores of a long text do not fill the memory
 SHUT = 1e4  # a gate's sigmoid is 0 at -SHUT and 1 at SHUT, exactly and in any type
 Read = Callable[[int], tuple[Tensor, State]]  # see LSTMModel.forward
 
@@ -496,26 +497,32 @@ class WindowAttention(nn.Module):
 
     def forward(self, x_BTH: Tensor, memory: State, reset_BT: Tensor | None) -> tuple[Tensor, State]:
         """`memory`: (memory_MBH, 1 where valid_MB), or nothing before the first token."""
-        m_BTH = self.norm(x_BTH)
-        (B, T, H), M = m_BTH.shape, self.earlier
+        m_BTH, read = self.norm(x_BTH), []
         if not memory:
-            memory = m_BTH.new_zeros(M, B, H), m_BTH.new_zeros(M, B)
-        memory_BMH, valid_BM = memory[0].transpose(0, 1).to(m_BTH.dtype), memory[1].t().bool()
-        # A position sees those of its own document: with as many resets before them. -1: of none.
+            memory = m_BTH.new_zeros(self.earlier, *m_BTH[:, 0].shape), m_BTH.new_zeros(self.earlier, len(m_BTH))
         if reset_BT is None:
             reset_BT = torch.zeros_like(m_BTH[..., 0], dtype=torch.bool)
+        for m_BtH, reset_Bt in zip(m_BTH.split(STRETCH, 1), reset_BT.split(STRETCH, 1), strict=True):
+            read_BtH, memory = self._read(m_BtH, memory, reset_Bt)
+            read.append(read_BtH)
+        return x_BTH + self.dropout(torch.cat(read, 1)), memory
+
+    def _read(self, m_BTH: Tensor, memory: State, reset_BT: Tensor) -> tuple[Tensor, State]:
+        """What T positions read, and the memory after them."""
+        T, M, device = m_BTH.shape[1], self.earlier, m_BTH.device
+        memory_BMH, valid_BM = memory[0].transpose(0, 1).to(m_BTH.dtype), memory[1].t().bool()
+        # A position sees those of its own document: with as many resets before them. -1: of none.
         document_BT = reset_BT.long().cumsum(1)
         document_BS = torch.cat([valid_BM.long() - 1, document_BT], 1)
-        age_TS = torch.arange(M, M + T, device=x_BTH.device)[:, None] - torch.arange(M + T, device=x_BTH.device)
+        age_TS = torch.arange(M, M + T, device=device)[:, None] - torch.arange(M + T, device=device)
         seen_BTS = (document_BT[..., None] == document_BS[:, None]) & (age_TS >= 0) & (age_TS <= M)
         keys_BSH = torch.cat([memory_BMH, m_BTH], 1)
         query_BTH, values_BSH = self.query_norm(self.query(m_BTH)), torch.sigmoid(self.value_gate) * keys_BSH
-        read_BTH = F.scaled_dot_product_attention(
-            query_BTH.to(keys_BSH.dtype), keys_BSH, values_BSH, attn_mask=seen_BTS
-        )
+        query_BTH = query_BTH.to(keys_BSH.dtype)
+        read_BTH = F.scaled_dot_product_attention(query_BTH, keys_BSH, values_BSH, attn_mask=seen_BTS)
         valid_MB = (document_BS[:, T:] == document_BT[:, -1:]).t()
         memory_MBH = keys_BSH[:, T:].transpose(0, 1).masked_fill(~valid_MB[..., None], 0.0)
-        return x_BTH + self.dropout(read_BTH), (memory_MBH, valid_MB.to(memory_MBH.dtype))
+        return read_BTH, (memory_MBH, valid_MB.to(memory_MBH.dtype))
 
 
 class LSTMBlock(nn.Module):
