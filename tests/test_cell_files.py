@@ -188,19 +188,20 @@ def test_penalties_by_their_definition(resets: bool) -> None:
 # ---------------------------------------------------------------- the teacher's feed-forward blocks
 
 
-def test_feed_forward_blocks_do_what_the_teachers_do(world: World) -> None:
+@pytest.mark.parametrize("width", [24, 16])
+def test_feed_forward_blocks_do_what_the_teachers_do(world: World, width: int) -> None:
     """For states without a mean, which LayerNorm takes away and RMSNorm does not: P times what the teacher adds."""
     teacher = load_teacher(TeacherConfig(model=str(world.teacher), dtype="fp32"), CPU)
-    config = StudentConfig(hidden_size=24, num_layers=2, feed_forward_size=48, feed_forward_from="teacher")
+    config = StudentConfig(hidden_size=width, num_layers=2, feed_forward_size=48, feed_forward_from="teacher")
     student = build_student(config, teacher, 0, seed=0, transplant=True)
     generator = torch.Generator().manual_seed(0)
-    turn_Hd = torch.linalg.qr(torch.randn(24, 24, generator=generator))[0]
+    turn_Hd = torch.linalg.qr(torch.randn(24, 24, generator=generator))[0][:width]
     with torch.no_grad():
         for layer in teacher.model.model.layers:
             layer.post_attention_layernorm.weight.copy_(torch.rand(24, generator=generator) + 0.5)
         student.model.input_projection.weight.copy_(turn_Hd / 3)
         transplant_feed_forward(student, teacher)
-        x_NH = torch.randn(7, 24, generator=generator)
+        x_NH = torch.randn(7, width, generator=generator)
         x_NH -= x_NH.mean(1, keepdim=True)
         hidden_Nd = 3 * x_NH @ turn_Hd
         for block, layer in zip(student.model.layers, teacher.model.model.layers, strict=True):
