@@ -33,7 +33,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or
 .DELETE_ON_ERROR:
 .PHONY: help install install-dev distill frontier smoke test check check-mirror fuzz faults audit docs lock clean FORCE \
 	bench-loss bench-train bench-cache bench-ablation bench-quality bench-decode bench-speculative \
-	bench-scaling bench-streaming
+	bench-scaling bench-streaming bench-cells
 
 help:  ## list the targets and their variables
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -110,6 +110,9 @@ bench-decode: install .venv-llama/.done  ## speed of decoding: the student, its 
 
 bench-speculative: install  ## the student drafts for its teacher: speed and acceptance; after make distill
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.speculative $(ARGS)
+
+bench-cells: install  ## what other cells, attention and feed-forward blocks cost beside the plain LSTM
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.cells $(ARGS)
 
 bench-scaling: install  ## what a second process is worth, in training from a cache and in building one
 	$(BIN)/python -m benchmarks.scaling $(ARGS)

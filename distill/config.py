@@ -136,10 +136,24 @@ class EndpointConfig(Section):
 class StudentConfig(Section):
     """The LSTM and what it takes over from the teacher."""
 
+    cell: Literal["lstm", "gru", "ln_lstm"] = "lstm"
+    """What is recurrent. `gru`: three quarters of an LSTM's weights, half of its state (arXiv 1406.1078, in cuDNN's
+    form). `ln_lstm`: an LSTM with layer normalisation inside the recurrence (arXiv 1607.06450), for which there are no
+    fast kernels, and no ONNX files."""
     hidden_size: Positive = 512
-    """Width of the LSTM layers."""
+    """Width of the recurrent layers."""
     num_layers: Positive = 2
-    """Number of residual LSTM blocks."""
+    """Number of residual recurrent blocks."""
+    attention_window: Annotated[int, Field(ge=2)] | None = None
+    """Attention of one head to so many positions, the own one among them, after the last block but one (SHA-RNN, arXiv
+    1911.11423); it sees nothing before a document's start. The state grows by `hidden_size` numbers a position. At most
+    `corpus.block_length`; null for none."""
+    feed_forward_size: Positive | None = None
+    """Units of a gated feed-forward block (SwiGLU, arXiv 2002.05202) after each recurrent one; null for none."""
+    feed_forward_from: Literal["random", "teacher"] = "random"
+    """With `transplant`: start the feed-forward block of block i of N as that of the teacher's layer i L / N, seen
+    through the input projection; of a larger one, the `feed_forward_size` units with the largest weights are taken. For
+    teachers of Llama's kind, and an embedding of the teacher's width."""
     embedding_size: Positive | None = None
     """Width of embedding and head. Default: the teacher's. A smaller one makes both of low rank: with `transplant`,
     the teacher's head is projected to the directions in which its hidden states move its logits most, and its
@@ -158,12 +172,35 @@ class StudentConfig(Section):
     control too."""
     tie_embeddings: bool | None = None
     """One matrix for embedding and head. Default: as in the teacher."""
+    embedding_dropout: Fraction = 0.0
+    """Dropout on the rows of the embedding, drawn once a block: a word is missing wherever it stands (arXiv 1708.02182,
+    as are the next)."""
     input_dropout: Fraction = 0.0
     """Dropout on the projected embedding."""
     output_dropout: Fraction = 0.0
-    """Dropout on each LSTM's output."""
+    """Dropout on what recurrent, feed-forward and attention blocks add."""
+    variational_dropout: bool = False
+    """Draw the masks of `input_dropout` and `output_dropout` once a block, the same for all of its positions."""
     recurrent_dropout: Fraction = 0.0
-    """Dropout on the recurrent weights, drawn once a block (weight drop, arXiv 1708.02182)."""
+    """Dropout on the recurrent weights, drawn once a block (weight drop)."""
+    activation_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight in every stage's loss of the mean square of the last recurrent layer's outputs, after dropout; 2 in the
+    paper."""
+    temporal_activation_penalty: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Weight in every stage's loss of the mean square of their change from a position to the next in its document,
+    before dropout; 1 in the paper."""
+
+    @property
+    def penalties(self) -> dict[str, float]:
+        """Those in use with their weights."""
+        names = ("activation_penalty", "temporal_activation_penalty")
+        return {name: weight for name in names if (weight := getattr(self, name))}
+
+    @model_validator(mode="after")
+    def _feed_forward(self) -> Self:
+        if self.feed_forward_from == "teacher" and not (self.feed_forward_size and self.transplant):
+            raise ValueError("feed_forward_from: teacher needs feed_forward_size and transplant: true")
+        return self
 
 
 class CorpusConfig(Section):
@@ -571,6 +608,12 @@ class Recipe(Section):
                 f"run.micro_batch_size ({self.run.micro_batch_size})"
             )
         problems += self._not_for_language_models() if self.classification is None else self._not_for_classifiers()
+        window = self.student.attention_window
+        if window is not None and window > self.corpus.block_length:
+            problems.append(
+                f"student.attention_window: expected at most corpus.block_length ({self.corpus.block_length}), "
+                f"as far as gradients reach, found {window}"
+            )
         if self.endpoint:
             problems += self._against_endpoint(self.endpoint)
         for number, stage in enumerate(self.stages):

@@ -5,7 +5,7 @@
 
 The first use of a student writes its quantised decoder beside it (`distill/decoder.py`); from then on the process
 holds numpy, onnxruntime and tokenizers, no torch. Memory does not grow with the text: the state is 2 * L * H
-numbers a sequence, and the buffers below are all there is.
+numbers a sequence (of a GRU, L * H), and the buffers below are all there is.
 
 Why onnxruntime: of what is well kept it alone reads int8 and int4 weights at memory speed for a single token.
 Measured on two cores (2.1 million weights of an LSTM's gates; 6.3 million of a preview; µs): its MatMulNBits 20
@@ -65,6 +65,11 @@ def stream(
         lanes.read(tokens)
 
 
+def after(name: str) -> str:
+    """The output of the graph that is the next step's input of this name: h_next_LBH for h_LBH."""
+    return name.replace("_", "_next_", 1)
+
+
 class Decoder:
     """The quantised student."""
 
@@ -72,6 +77,7 @@ class Decoder:
         self.session = open_session(folder / "decoder.onnx", threads)
         release_freed_memory()
         self.vocab_size = int(self.session.get_modelmeta().custom_metadata_map["vocab_size"])
+        self.state_names = [value.name for value in self.session.get_inputs() if value.name != "token_1B"]
         self.shapes = {value.name: value.shape for value in (*self.session.get_inputs(), *self.session.get_outputs())}
 
     def lanes(self, sequences: int) -> Lanes:
@@ -88,18 +94,20 @@ class Lanes:
         }
         self.session, self.vocab_size = decoder.session, decoder.vocab_size
         self.token_1B = np.zeros((1, sequences), np.int64)
-        self.states = [[np.zeros(shapes["h_LBH"], np.float32) for _ in "hc"] for _ in range(2)]
+        names = decoder.state_names
+        self.states = [[np.zeros(shapes[name], np.float32) for name in names] for _ in range(2)]
         self.preview_BW = np.zeros(shapes["preview_BW"], np.float32)
         self.block_Bn = np.zeros(shapes["block_Bn"], np.int64)
         self.exact_Bnk = np.zeros(shapes["exact_Bnk"], np.float32)
         self.u_Bd = np.zeros(shapes["u_Bd"], np.float32)
         outputs = {name: getattr(self, name) for name in ("preview_BW", "block_Bn", "exact_Bnk", "u_Bd")}
         self.bindings = []
-        for before, after in (self.states, self.states[::-1]):
+        for old, new in (self.states, self.states[::-1]):
             binding = self.session.io_binding()
-            for name, array in (("token_1B", self.token_1B), ("h_LBH", before[0]), ("c_LBH", before[1])):
+            inputs = {"token_1B": self.token_1B, **dict(zip(names, old, strict=True))}
+            for name, array in inputs.items():
                 binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-            for name, array in (*outputs.items(), ("h_next_LBH", after[0]), ("c_next_LBH", after[1])):
+            for name, array in (*outputs.items(), *zip(map(after, names), new, strict=True)):
                 binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
             self.bindings.append(binding)
         self.turn = 0
@@ -188,7 +196,7 @@ def load_decoder(folder: Path, threads: int | None = None) -> Decoder:
         command = [sys.executable, "-m", "distill.export", str(folder), "--to", "decoder"]
         made = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if made.returncode:
-            refuse(made.stderr.strip().removeprefix("error: ") or "distill.export failed")
+            refuse(made.stderr.strip().rpartition("error: ")[2] or "distill.export failed")  # progress bars come first
     return Decoder(folder, threads)
 
 

@@ -6,7 +6,7 @@ writes `decoder.safetensors` (quantised weights) and `decoder.onnx` (the graph) 
 about forty nodes, so nothing of it happens in Python:
 
     token ─> row of the embedding, input projection multiplied in (int8, V x H)
-          ─> L x [x + LSTM(LayerNorm(x))], W_ih and W_hh side by side in one product (int8)
+          ─> L x [x + cell(LayerNorm(x))], W_ih and W_hh side by side in one product (int8)
           ─> u, along r axes and along all d (see quantise.py)
           ─> preview: all V tokens along r axes (int4) ─> the 32 blocks of 16 tokens with the highest one
           ─> exact: those 512 tokens along all d axes (int8)
@@ -15,8 +15,10 @@ Products are onnxruntime's MatMulNBits with int8 arithmetic, which read weights 
 rather than single ones, because the 32 largest of V / 16 maxima are found twenty times faster than the 512
 largest of V, and lie together in memory.
 
-Legend: B sequences, V tokens (W: rounded up to whole blocks), L layers, H width, d head's width, r axes of the
-preview, n blocks of k tokens.
+A GRU's n takes W_n x and U_n h apart, each beside zeros, so that its product is as large as an LSTM's.
+
+Legend: B sequences, V tokens (W: rounded up to whole blocks), L layers, H width, F units of a feed-forward block,
+d head's width, r axes of the preview, n blocks of k tokens.
 """
 
 from __future__ import annotations
@@ -30,13 +32,33 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from distill.checkpoint import write_atomically
+from distill.config import UserError
+from distill.decode import after
 from distill.graph import Graph
 from distill.quantise import BLOCK, own_text, quantise_blocks, quantise_rows, two_step_head
-from distill.student import LSTMForCausalLM
+from distill.student import STATE_NAMES, LSTMForCausalLM
 
 TOKENS = 16  # of a block
 BLOCKS = 32  # refined at each step
 AXES, AXES_BITS = 128, 4
+
+
+def check_onnx(config: PreTrainedConfig) -> None:
+    """UserError for a student of which there are no ONNX files."""
+    if reason := why_no_onnx(config):
+        raise UserError(reason)
+
+
+def why_no_onnx(config: PreTrainedConfig) -> str:
+    """The fields that stand against ONNX files of a student; empty where there are such files."""
+    found = [f"student.cell {config.cell}"] if config.cell not in ("lstm", "gru") else []
+    found += [f"student.attention_window {config.attention_window}"] if config.attention_window else []
+    if not found:
+        return ""
+    return (
+        f"{' and '.join(found)}: ONNX files and the quantised decoder are for cells lstm and gru without attention; "
+        "decode this student with --runtime torch"
+    )
 
 
 def quantised_weights(student: LSTMForCausalLM, hidden_Nd: Tensor) -> dict[str, Tensor]:
@@ -51,14 +73,30 @@ def quantised_weights(student: LSTMForCausalLM, hidden_Nd: Tensor) -> dict[str, 
     embedded_VH = state["model.embed_tokens.weight"] @ state["model.input_projection.weight"].T
     embedded_VH = embedded_VH + state["model.input_projection.bias"]
     weights["embedding"], weights["embedding.scale"] = quantise_rows(embedded_VH)
+
+    def after_norm(name: str, weight_NH: Tensor, bias_N: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
+        """The same product of what a norm gives before its own weight and bias."""
+        return weight_NH * state[f"{name}.weight"], bias_N + weight_NH @ state[f"{name}.bias"]
+
     for n in range(student.config.num_layers):
-        lstm, norm = f"model.layers.{n}.lstm", f"model.layers.{n}.norm"
-        i, f, g, o = torch.arange(4 * student.config.hidden_size).chunk(4)
-        order = torch.cat([i, f, o, g])  # the three sigmoids side by side
-        input_4HH = state[f"{lstm}.weight_ih_l0"]
-        bias_4H = state[f"{lstm}.bias_ih_l0"] + state[f"{lstm}.bias_hh_l0"] + input_4HH @ state[f"{norm}.bias"]
-        both_4HK = torch.cat([input_4HH * state[f"{norm}.weight"], state[f"{lstm}.weight_hh_l0"]], dim=1)
-        product(f"lstm.{n}", both_4HK[order], bias_4H[order])
+        layer, cell = f"model.layers.{n}", student.config.cell
+        recurrent_GH, recurrent_G = (state[f"{layer}.{cell}.{kind}_hh_l0"] for kind in ("weight", "bias"))
+        input_G = state[f"{layer}.{cell}.bias_ih_l0"]
+        input_GH, input_G = after_norm(f"{layer}.norm", state[f"{layer}.{cell}.weight_ih_l0"], input_G)
+        if cell == "gru":
+            r_z, n_H = torch.arange(len(input_G)).split([2 * student.config.hidden_size, student.config.hidden_size])
+            both_GK = torch.cat([input_GH, recurrent_GH], dim=1)[r_z]
+            apart_GK = torch.block_diag(input_GH[n_H], recurrent_GH[n_H])
+            bias_G = torch.cat([(input_G + recurrent_G)[r_z], input_G[n_H], recurrent_G[n_H]])
+            product(f"gru.{n}", torch.cat([both_GK, apart_GK]), bias_G)
+        else:
+            i, f, g, o = torch.arange(len(input_G)).chunk(4)
+            order = torch.cat([i, f, o, g])  # the three sigmoids side by side
+            product(f"lstm.{n}", torch.cat([input_GH, recurrent_GH], dim=1)[order], (input_G + recurrent_G)[order])
+        if student.config.feed_forward_size:
+            gate_FH, up_FH, down_HF = (state[f"{layer}.feed_forward.{part}.weight"] for part in ("gate", "up", "down"))
+            product(f"wide.{n}", *after_norm(f"{layer}.feed_forward.norm", torch.cat([gate_FH, up_FH])))
+            product(f"narrow.{n}", down_HF, torch.zeros(len(down_HF)))
 
     head_Vd = state["lm_head.weight"]
     V, d = head_Vd.shape
@@ -78,7 +116,7 @@ def quantised_weights(student: LSTMForCausalLM, hidden_Nd: Tensor) -> dict[str, 
 
 
 def step_graph(graph: Graph, config: PreTrainedConfig) -> dict[str, tuple[str, str, tuple[int | str, ...]]]:
-    """Fill the graph; returns its outputs. Its inputs are token_1B, h_LBH, c_LBH."""
+    """Fill the graph; returns its outputs. Its inputs are token_1B and the state's parts: h_LBH, and c_LBH if any."""
     V, d, H, L = config.vocab_size, config.embedding_size, config.hidden_size, config.num_layers
     axes, blocks = min(AXES, d), -(-V // TOKENS)
     chosen = min(BLOCKS, blocks)
@@ -103,15 +141,29 @@ def step_graph(graph: Graph, config: PreTrainedConfig) -> dict[str, tuple[str, s
 
     ones = graph.constant([1.0] * H, np.float32)
     x_1BH = graph.node("Mul", as_float(gathered("embedding", "token_1B")), gathered("embedding.scale", "token_1B"))
-    h_1BH, c_1BH = (graph.nodes("Split", name, results=L, axis=0, num_outputs=L) for name in ("h_LBH", "c_LBH"))
+    names = STATE_NAMES[config.cell]
+    state = {name: graph.nodes("Split", name, results=L, axis=0, num_outputs=L) for name in names}
+    h_1BH = state["h_LBH"]
     for n in range(L):
         both = graph.node("Concat", normed(x_1BH), h_1BH[n], axis=2)
-        gates = product(f"lstm.{n}", both, 4 * H, 2 * H)
-        gates, g = graph.nodes("Split", gates, graph.constant([3 * H, H]), results=2, axis=2)
-        i, f, o = graph.nodes("Split", graph.node("Sigmoid", gates), results=3, axis=2, num_outputs=3)
-        c_1BH[n] = graph.node("Add", graph.node("Mul", f, c_1BH[n]), graph.node("Mul", i, graph.node("Tanh", g)))
-        h_1BH[n] = graph.node("Mul", o, graph.node("Tanh", c_1BH[n]))
+        gates = product(f"{config.cell}.{n}", both, 4 * H, 2 * H)
+        if config.cell == "gru":
+            gates, *parts = graph.nodes("Split", gates, graph.constant([2 * H, H, H]), results=3, axis=2)
+            r, z = graph.nodes("Split", graph.node("Sigmoid", gates), results=2, axis=2, num_outputs=2)
+            new = graph.node("Tanh", graph.node("Add", parts[0], graph.node("Mul", r, parts[1])))
+            h_1BH[n] = graph.node("Add", new, graph.node("Mul", z, graph.node("Sub", h_1BH[n], new)))
+        else:
+            c_1BH = state["c_LBH"]
+            gates, g = graph.nodes("Split", gates, graph.constant([3 * H, H]), results=2, axis=2)
+            i, f, o = graph.nodes("Split", graph.node("Sigmoid", gates), results=3, axis=2, num_outputs=3)
+            c_1BH[n] = graph.node("Add", graph.node("Mul", f, c_1BH[n]), graph.node("Mul", i, graph.node("Tanh", g)))
+            h_1BH[n] = graph.node("Mul", o, graph.node("Tanh", c_1BH[n]))
         x_1BH = graph.node("Add", x_1BH, h_1BH[n])
+        if F := config.feed_forward_size:
+            wide = product(f"wide.{n}", normed(x_1BH), 2 * F, H)
+            gate, up = graph.nodes("Split", wide, results=2, axis=2, num_outputs=2)
+            gated = graph.node("Mul", graph.node("Mul", gate, graph.node("Sigmoid", gate)), up)
+            x_1BH = graph.node("Add", x_1BH, product(f"narrow.{n}", gated, H, F))
 
     u_BK = reshaped(product("out", normed(x_1BH), axes + d, H), -1, axes + d)
     u_Br, u_Bd = graph.nodes("Split", u_BK, graph.constant([axes, d]), results=2, axis=1)
@@ -127,8 +179,7 @@ def step_graph(graph: Graph, config: PreTrainedConfig) -> dict[str, tuple[str, s
         "Add", graph.node("Mul", sums_Bnk, gathered("head.scale", block_Bn)), gathered("head.bias", block_Bn)
     )
     return {
-        "h_next_LBH": (graph.node("Concat", *h_1BH, axis=0), "FLOAT", (L, "B", H)),
-        "c_next_LBH": (graph.node("Concat", *c_1BH, axis=0), "FLOAT", (L, "B", H)),
+        **{after(name): (graph.node("Concat", *state[name], axis=0), "FLOAT", (L, "B", H)) for name in names},
         "preview_BW": (preview_BW, "FLOAT", ("B", blocks * TOKENS)),
         "block_Bn": (block_Bn, "INT64", ("B", chosen)),
         "exact_Bnk": (exact_Bnk, "FLOAT", ("B", chosen, TOKENS)),
@@ -139,6 +190,7 @@ def step_graph(graph: Graph, config: PreTrainedConfig) -> dict[str, tuple[str, s
 def write_decoder(student: LSTMForCausalLM, folder: Path) -> Path:
     """Quantise a student and write both files beside `folder`/model.safetensors; returns the ONNX file."""
     config = student.float().config
+    check_onnx(config)
     with torch.inference_mode():
         ids_BT = own_text(student, sequences=64, length=64)
         hidden_Nd = student.model(ids_BT, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -148,7 +200,7 @@ def write_decoder(student: LSTMForCausalLM, folder: Path) -> Path:
     graph = Graph(file)
     outputs = step_graph(graph, config)
     state = ("FLOAT", (config.num_layers, "B", config.hidden_size))
-    inputs = {"token_1B": ("INT64", (1, "B")), "h_LBH": state, "c_LBH": state}
+    inputs = {"token_1B": ("INT64", (1, "B")), **dict.fromkeys(STATE_NAMES[config.cell], state)}
     metadata = {"vocab_size": str(config.vocab_size)}
     graph.save(folder / "decoder.onnx", inputs, outputs, [folder / "model.safetensors"], metadata)
     return folder / "decoder.onnx"

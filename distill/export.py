@@ -8,9 +8,10 @@
 
     input_ids (B, T) int64, h (L, B, H), c (L, B, H)  ─>  logits (B, T, V), h_next, c_next
 
-A zero state starts a sequence. The file holds the structure alone, 10 KB: its weights are those in
-`model.safetensors`, which therefore must lie beside it. With `--int8` they are `model_int8.safetensors`: whole
-numbers and a scale for each row, a quarter of the size; any runtime multiplies them out as it loads.
+(of a GRU without c and c_next). A zero state starts a sequence. The file holds the structure alone, 10 KB: its
+weights are those in `model.safetensors`, which therefore must lie beside it. With `--int8` they are
+`model_int8.safetensors`: whole numbers and a scale for each row, a quarter of the size; any runtime multiplies them
+out as it loads.
 
 Legend: B sequences, T positions, V tokens, L layers, H width.
 """
@@ -33,7 +34,7 @@ from distill.checkpoint import write_atomically
 from distill.command import guarded
 from distill.config import UserError
 from distill.decode import Decoder, find_student
-from distill.decoder import write_decoder
+from distill.decoder import check_onnx, write_decoder
 from distill.graph import Graph
 from distill.quantise import own_text, quantise_rows
 from distill.session import open_session
@@ -47,19 +48,18 @@ DIFFERENCE = 1e-4  # of any logit of model.onnx
 
 def write_onnx(student: LSTMForCausalLM, folder: Path, int8: bool) -> Path:
     """Write `model.onnx`, or `model_int8.onnx` and its weights, beside `folder`/model.safetensors."""
+    check_onnx(student.config)
     plain = folder / "model.safetensors"
     file = folder / "model_int8.safetensors" if int8 else plain
     if int8:
         write_atomically(file, lambda path: save_file(int8_weights(student), path), "MODEL")
     graph, config = Graph(file), student.config
     state = ("FLOAT", (config.num_layers, "B", config.hidden_size))
-    kinds = (("FLOAT", ("B", "T", config.vocab_size)), state, state)
-    values = _whole_graph(graph, student)
-    outputs = {
-        name: (value, *kind) for name, value, kind in zip(("logits", "h_next", "c_next"), values, kinds, strict=True)
-    }
+    logits, after = _whole_graph(graph, student)
+    outputs = {"logits": (logits, "FLOAT", ("B", "T", config.vocab_size))}
+    outputs |= {f"{name}_next": (value, *state) for name, value in after.items()}
     target = file.with_suffix(".onnx")
-    graph.save(target, {"input_ids": ("INT64", ("B", "T")), "h": state, "c": state}, outputs, [plain])
+    graph.save(target, {"input_ids": ("INT64", ("B", "T")), **dict.fromkeys(after, state)}, outputs, [plain])
     return target
 
 
@@ -75,8 +75,8 @@ def int8_weights(student: LSTMForCausalLM) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _whole_graph(graph: Graph, student: LSTMForCausalLM) -> tuple[str, str, str]:
-    """Names of logits, h_next and c_next. Time comes first inside (T, B, ...), as the operator LSTM has it."""
+def _whole_graph(graph: Graph, student: LSTMForCausalLM) -> tuple[str, dict[str, str]]:
+    """Logits, and the state after them by name. Time comes first inside (T, B, ...), as the operator LSTM has it."""
     config = student.config
 
     def weight(name: str) -> str:
@@ -93,9 +93,10 @@ def _whole_graph(graph: Graph, student: LSTMForCausalLM) -> tuple[str, str, str]
         return graph.node("LayerNormalization", x, *parts, axis=-1, epsilon=config.layer_norm_eps)
 
     def gates(name: str) -> str:
-        """Of torch's order i, f, g, o in ONNX's: i, o, f, g; with an axis for the one direction."""
-        i, f, g, o = graph.nodes("Split", weight(name), results=4, axis=0, num_outputs=4)
-        return graph.node("Unsqueeze", graph.node("Concat", i, o, f, g, axis=0), first)
+        """Of torch's order i, f, g, o (r, z, n) in ONNX's: i, o, f, g (z, r, n); with an axis for the one direction."""
+        order = (1, 0, 2) if config.cell == "gru" else (0, 3, 1, 2)
+        parts = graph.nodes("Split", weight(name), results=len(order), axis=0, num_outputs=len(order))
+        return graph.node("Unsqueeze", graph.node("Concat", *(parts[n] for n in order), axis=0), first)
 
     first = graph.constant([0])
     ids_TB = graph.node("Transpose", "input_ids", perm=[1, 0])
@@ -105,26 +106,36 @@ def _whole_graph(graph: Graph, student: LSTMForCausalLM) -> tuple[str, str, str]
         scale = graph.node("Gather", graph.weight(f"{embedding}.scale"), ids_TB)
         x = graph.node("Mul", x, graph.node("Unsqueeze", scale, graph.constant([2])))
     x = linear(x, "model.input_projection")
-    h_1BH, c_1BH = (
-        graph.nodes("Split", name, results=config.num_layers, axis=0, num_outputs=config.num_layers) for name in "hc"
-    )
-    for n in range(config.num_layers):
-        name = f"model.layers.{n}.lstm"
+    L, names = config.num_layers, [name[0] for name in student.model.state_names]
+    state = {name: graph.nodes("Split", name, results=L, axis=0, num_outputs=L) for name in names}
+    options: dict[str, Any] = {"linear_before_reset": 1} if config.cell == "gru" else {}
+    for n in range(L):
+        name = f"model.layers.{n}.{config.cell}"
         bias = graph.node("Concat", gates(f"{name}.bias_ih_l0"), gates(f"{name}.bias_hh_l0"), axis=1)
         matrices = gates(f"{name}.weight_ih_l0"), gates(f"{name}.weight_hh_l0")
-        y, h_1BH[n], c_1BH[n] = graph.nodes(
-            *("LSTM", normed(x, f"model.layers.{n}.norm"), *matrices, bias, "", h_1BH[n], c_1BH[n]),
-            results=3,
+        before = [parts[n] for parts in state.values()]
+        y, *after = graph.nodes(
+            *(config.cell.upper(), normed(x, f"model.layers.{n}.norm"), *matrices, bias, "", *before),
+            results=1 + len(state),
             hidden_size=config.hidden_size,
+            **options,
         )
+        for parts, part in zip(state.values(), after, strict=True):
+            parts[n] = part
         x = graph.node("Add", x, graph.node("Squeeze", y, graph.constant([1])))
+        if config.feed_forward_size:
+            block = f"model.layers.{n}.feed_forward"
+            wide = normed(x, f"{block}.norm")
+            gate, up = (linear(wide, f"{block}.{part}", bias=False) for part in ("gate", "up"))
+            gated = graph.node("Mul", graph.node("Mul", gate, graph.node("Sigmoid", gate)), up)
+            x = graph.node("Add", x, linear(gated, f"{block}.down", bias=False))
     x = linear(normed(x, "model.norm"), "model.output_projection")
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     x = graph.node("MatMul", x, graph.node("Transpose", weight(f"{head}.weight"), perm=[1, 0]))
     if config.head_bias:
         x = graph.node("Add", x, weight("lm_head.bias"))
     logits = graph.node("Transpose", x, perm=[1, 0, 2])
-    return logits, graph.node("Concat", *h_1BH, axis=0), graph.node("Concat", *c_1BH, axis=0)
+    return logits, {name: graph.node("Concat", *parts, axis=0) for name, parts in state.items()}
 
 
 def verify(student: LSTMForCausalLM, folder: Path, name: str) -> dict[str, float]:
@@ -153,11 +164,12 @@ def verify(student: LSTMForCausalLM, folder: Path, name: str) -> dict[str, float
 def _read(session: Any, ids_BT: torch.Tensor, size: int) -> torch.Tensor:
     """logits_BTV, `size` positions at a time."""
     shapes = {value.name: value.shape for value in session.get_inputs()}
-    layers, _, width = shapes["h"]
-    state = {name: np.zeros((layers, len(ids_BT), width), np.float32) for name in "hc"}
+    shapes.pop("input_ids")
+    state = {name: np.zeros((layers, len(ids_BT), width), np.float32) for name, (layers, _, width) in shapes.items()}
     logits = []
     for ids_Bt in ids_BT.split(size, dim=1):
-        found_BtV, state["h"], state["c"] = session.run(None, {"input_ids": ids_Bt.numpy(), **state})
+        found_BtV, *after = session.run(None, {"input_ids": ids_Bt.numpy(), **state})
+        state = dict(zip(state, after, strict=True))
         logits.append(torch.from_numpy(found_BtV))
     return torch.cat(logits, dim=1)
 

@@ -16,6 +16,7 @@ Legend: B lanes, T tokens, N = B * T, V vocabulary, d width of student output an
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,9 +26,7 @@ from distill import losses
 from distill.candidates import Candidates
 from distill.objective import Objective
 from distill.signals import DenseSignal, HiddenSignal, Signal, SparseSignal
-from distill.student import LSTMCache, LSTMForCausalLM
-
-State = tuple[Tensor, Tensor]  # (h_LBH, c_LBH)
+from distill.student import LSTMCache, LSTMForCausalLM, State
 
 
 def chunk_sizes(device: str, vocabulary: int, item_bytes: int) -> tuple[int, int, int, int]:
@@ -45,10 +44,12 @@ def chunk_sizes(device: str, vocabulary: int, item_bytes: int) -> tuple[int, int
 class StudentWithLoss(nn.Module):
     """The student and its objective as one module; for `layer_mse` with a projection of each block's output."""
 
-    def __init__(self, student: LSTMForCausalLM, layer_width: int | None = None) -> None:
-        """`layer_width`: the teacher's width, with `layer_mse`."""
+    def __init__(
+        self, student: LSTMForCausalLM, layer_width: int | None = None, penalties: Mapping[str, float] | None = None
+    ) -> None:
+        """`layer_width`: the teacher's width, with `layer_mse`. `penalties`: of `PENALTIES`, with their weights."""
         super().__init__()
-        self.student = student
+        self.student, self.penalties = student, penalties or {}
         hidden_size, blocks = student.config.hidden_size, student.config.num_layers if layer_width else 0
         self._frozen_head_Vd: Tensor | None = None  # lasts as long as this module, which is made for one stage
         self.layer_projections = nn.ModuleList(nn.Linear(hidden_size, layer_width or 0) for _ in range(blocks))
@@ -63,7 +64,7 @@ class StudentWithLoss(nn.Module):
         objective: Objective,
         candidates: Candidates | None = None,
     ) -> tuple[Tensor, dict[str, Tensor], State]:
-        """Weighted loss sum in nats (with gradient), each term's sum (without), and the carried state.
+        """Weighted loss sum in nats (with gradient), sums of terms and penalties (without), and the carried state.
 
         With `candidates` the terms of the logits are taken over these instead of the whole vocabulary.
         """
@@ -71,6 +72,11 @@ class StudentWithLoss(nn.Module):
         states_BTH: list[Tensor] = []
         watched = self.student.model.layers if self.layer_projections else []
         hooks = [block.register_forward_hook(lambda _, __, output: states_BTH.append(output[0])) for block in watched]
+        last_outputs: list[Tensor] = []  # of the last cell, before dropout and after it
+        if self.penalties:
+            dropout = self.student.model.layers[-1].get_submodule("dropout")
+            hook = dropout.register_forward_hook(lambda _, inputs, output: last_outputs.extend((*inputs, output)))
+            hooks.append(hook)
         output = self.student.model(inputs_BT, past_key_values=carried, reset_mask=reset_BT, use_cache=True)
         for hook in hooks:
             hook.remove()
@@ -100,8 +106,11 @@ class StudentWithLoss(nn.Module):
             ]
             sums["layer_mse"] = torch.stack(distances).mean()
             loss = loss + objective.weights["layer_mse"] * sums["layer_mse"]
-        assert carried.h_LBH is not None and carried.c_LBH is not None, "a block was read"
-        return loss, {name: value.detach() for name, value in sums.items()}, (carried.h_LBH, carried.c_LBH)
+        for name, weight in self.penalties.items():
+            output_BTH, dropped_BTH = last_outputs
+            sums[name] = losses.PENALTIES[name](output_BTH, dropped_BTH, reset_BT)
+            loss = loss + weight * sums[name]
+        return loss, {name: value.detach() for name, value in sums.items()}, carried.state
 
     def _head_weight(self) -> Tensor:
         """The head's weight; of a frozen head the same in the type of the step, converted once."""

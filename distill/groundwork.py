@@ -22,7 +22,7 @@ from distill.corpus import BlockBatch
 from distill.geometry import Basis, HiddenMetric, HiddenMoments, MetricSums
 from distill.student import LSTMCache, LSTMForCausalLM
 from distill.teacher import LanguageModel
-from distill.transplant import align_input, transplant_low_rank
+from distill.transplant import align_input, transplant_feed_forward, transplant_low_rank
 
 States = tuple[int, BlockBatch, Tensor, Tensor]  # micro-batch, its blocks, resets (B, T), teacher's states (N, d)
 BASIS_RIDGE = 0.1  # of the Fisher metric in which a basis loses least
@@ -64,6 +64,8 @@ class Groundwork:
             transplant_low_rank(self.student, self.teacher, self.basis)
         if student.align_input:
             align_input(self.student, occurrences_V)
+        if transplant and student.feed_forward_from == "teacher":
+            transplant_feed_forward(self.student, self.teacher)
         if transplant and student.fit_tokens:
             self._fit_output()
 

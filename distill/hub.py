@@ -37,6 +37,7 @@ from distill.packaged import PREFIX
 from distill.recipe import dump_recipe, load_recipe
 from distill.redact import redact
 from distill.result import check_files, classification_in_words, is_classification, read_result, table_rows
+from distill.student import LSTMConfig
 
 logger = logging.getLogger(__name__)
 TIMEOUT = 300.0  # seconds without a sign of life after which a connection counts as broken
@@ -78,13 +79,15 @@ def stage(
     if is_classification(result):
         pass  # ONNX files are for what is read token by token
     elif importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
-        from distill.decoder import write_decoder
+        from distill.decoder import why_no_onnx, write_decoder
         from distill.export import write_onnx
         from distill.graph import is_current
         from distill.torch_decoder import load_student
 
         names = ("model.onnx", "model_int8.onnx", "decoder.onnx")
-        if not all(is_current(source / name) for name in names):
+        if reason := why_no_onnx(LSTMConfig.from_pretrained(source)):
+            logger.warning("no ONNX files are published. %s", reason)
+        elif not all(is_current(source / name) for name in names):
             student = load_student(source)
             for int8 in (False, True):
                 write_onnx(student, source, int8)
@@ -298,8 +301,8 @@ def _language_model_card(
     return [
         f"---\n{card_data(recipe, result, license_id).to_yaml()}\n---",
         f"# {recipe.run.name}: an LSTM distilled from {recipe.teacher.model}",
-        f"A causal language model of {student['parameters'] / 1e6:.1f} M parameters ({config['num_layers']} LSTM "
-        f"layers of {config['hidden_size']} units) with constant memory per token, made with Potstill. Validation on "
+        f"A causal language model of {student['parameters'] / 1e6:.1f} M parameters ({_architecture(config)}) with "
+        f"constant memory per token, made with Potstill. Validation on "
         f"{student['tokens']:,} tokens of {recipe.corpus.source}:",
         _markdown(table_rows(result)),
         "`ppl` is perplexity per token, `KL` is KL(teacher ‖ model) in nats, `top-1` how often both find the same "
@@ -311,7 +314,7 @@ def _language_model_card(
         "## Use",
         load,
         *(["To draft for its teacher:", draft] if _is_hub_id(recipe.teacher.model) else []),
-        *_onnx(folder, place),
+        *_onnx(folder, place, config),
         "## Where it comes from",
         f"- Teacher: {recipe.teacher.model}, licence {license_id or 'not stated'}, which this student carries.\n"
         f"- Text: {recipe.corpus.source}, {result['corpus']['train_tokens']:,} tokens in "
@@ -341,14 +344,30 @@ def _control(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def _onnx(folder: Path, place: str) -> list[str]:
+def _architecture(config: dict[str, Any]) -> str:
+    """In words; a student made before a field existed has its default."""
+    cell = {"lstm": "LSTM", "gru": "GRU", "ln_lstm": "layer-normalised LSTM"}[config.get("cell", "lstm")]
+    text = f"{config['num_layers']} {cell} layers of {config['hidden_size']} units"
+    if size := config.get("feed_forward_size"):
+        text += f", each with a feed-forward block of {size}"
+    if window := config.get("attention_window"):
+        text += f", attention to the last {window} positions"
+    return text
+
+
+def _onnx(folder: Path, place: str, config: dict[str, Any]) -> list[str]:
     if not (folder / "decoder.onnx").is_file():
         return []
+    state = ["h"] if config.get("cell") == "gru" else ["h", "c"]
+    read, given = (
+        ", ".join(f"`{name}`" for name in names)
+        for names in (["input_ids", *state], ["logits", *(f"{name}_next" for name in state)])
+    )
     return [
         "Without torch, fast on a CPU (`pip install 'potstill[onnx]'`):",
         f'```sh\npython -m distill.decode {place} --prompt "Once"\n```',
-        "`model.onnx` and `model_int8.onnx` read `input_ids`, `h`, `c` (zeros at first) and give `logits`, `h_next`, "
-        "`c_next`; keep them beside their `.safetensors`.",
+        f"`model.onnx` and `model_int8.onnx` read {read} (zeros at first) and give {given}; keep them beside their "
+        "`.safetensors`.",
     ]
 
 

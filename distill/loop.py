@@ -272,8 +272,9 @@ class Loop:
         total = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
         step = self.progress.now.steps - 1
         terms = {term: value / self.divisor(step, term) for term, value in zip(sums, total.tolist(), strict=True)}
+        weights = {**stage.weights, **self.recipe.student.penalties}
         values = {
-            "loss": sum(stage.weights[term] * value for term, value in terms.items()),
+            "loss": sum(weights[term] * value for term, value in terms.items()),
             **{f"loss_{term}": value for term, value in terms.items()},
             "learning_rate": lr,
             "grad_norm": grad_norm.item(),

@@ -112,3 +112,24 @@ def sampled_forward_kl(student_NV: Tensor, signal: SparseSignal) -> Tensor:
     assert signal.entropy_N is not None, "a sampled signal brings its entropy"
     log_q_NK = _log_softmax(student_NV, signal.temperature).gather(1, signal.ids_NK)
     return signal.temperature**2 * (-(signal.probs_NK * log_q_NK).sum() - signal.entropy_N.sum())
+
+
+def activation_penalty(_: Tensor, dropped_BTH: Tensor, reset_BT: Tensor | None) -> Tensor:
+    """AR of AWD-LSTM: mean square of a position's outputs after dropout, summed over positions (arXiv 1708.01009)."""
+    return dropped_BTH.float().square().mean(-1).sum()
+
+
+def temporal_activation_penalty(output_BTH: Tensor, _: Tensor, reset_BT: Tensor | None) -> Tensor:
+    """TAR of AWD-LSTM: mean square of the change of outputs from a position to the next, summed over positions.
+
+    Of outputs before dropout (arXiv 1708.01009). A document's first position changes nothing, nor does a block's.
+    """
+    change_Bt = (output_BTH[:, 1:].float() - output_BTH[:, :-1].float()).square().mean(-1)
+    return (change_Bt if reset_BT is None else change_Bt.masked_fill(reset_BT[:, 1:], 0.0)).sum()
+
+
+# Of the outputs (B, T, H) of the student's last cell, before and after dropout, and its resets; sums over positions.
+PENALTIES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "activation_penalty": activation_penalty,
+    "temporal_activation_penalty": temporal_activation_penalty,
+}

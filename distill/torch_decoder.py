@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from distill.config import UserError
 from distill.sampling import Sampler
 from distill.session import available_cores
-from distill.student import LSTMCache, LSTMForCausalLM
+from distill.student import LSTMCache, LSTMForCausalLM, State
 
 Network = TypeVar("Network", bound=PreTrainedModel)
 
@@ -59,38 +59,33 @@ class TorchLanes:
     """A cache of B sequences and the logits after the last token."""
 
     def __init__(self, student: LSTMForCausalLM, sequences: int) -> None:
-        config = student.config
-        self.student = student
-        self.h_LBH, self.c_LBH = torch.zeros(2, config.num_layers, sequences, config.hidden_size)
-        self.logits_BV: Tensor = torch.zeros(sequences, config.vocab_size)
+        self.student, self.sequences = student, sequences
+        self.parts: State = ()  # nothing read yet
+        self.logits_BV: Tensor = torch.zeros(sequences, student.config.vocab_size)
 
     def take(self, number: int, other: TorchLanes) -> None:
         """Let sequence `number` stand where the only one of `other` stands."""
         with torch.inference_mode():
-            self.h_LBH, self.c_LBH, self.logits_BV = (
-                mine.index_copy(axis, torch.tensor([number]), theirs)
-                for axis, mine, theirs in (
-                    (1, self.h_LBH, other.h_LBH),
-                    (1, self.c_LBH, other.c_LBH),
-                    (0, self.logits_BV, other.logits_BV),
-                )
-            )
+            zeros = (part.new_zeros(part.shape[0], self.sequences, *part.shape[2:]) for part in other.parts)
+            pairs = zip(self.parts or zeros, other.parts, strict=True)
+            place = torch.tensor([number])
+            self.parts = tuple(mine.index_copy(1, place, theirs) for mine, theirs in pairs)
+            self.logits_BV = self.logits_BV.index_copy(0, place, other.logits_BV)
 
-    def state(self) -> tuple[Tensor, ...]:
+    def state(self) -> State:
         """What to come back to; the tensors are replaced, never written into."""
-        return self.h_LBH, self.c_LBH
+        return self.parts
 
-    def restore(self, state: tuple[Tensor, ...]) -> None:
+    def restore(self, state: State) -> None:
         """Forget what was read since `state` was taken."""
-        self.h_LBH, self.c_LBH = state
+        self.parts = state
 
     def read(self, tokens: Sequence[int]) -> None:
         """Read one token in each sequence."""
-        cache = LSTMCache(self.h_LBH, self.c_LBH)
+        cache = LSTMCache(*self.parts)
         with torch.inference_mode():
             self.logits_BV = self.student(torch.tensor(tokens)[:, None], past_key_values=cache).logits[:, 0]
-        assert cache.h_LBH is not None and cache.c_LBH is not None
-        self.h_LBH, self.c_LBH = cache.h_LBH, cache.c_LBH
+        self.parts = cache.state
 
     def logits(self, number: int) -> np.ndarray:
         """logits_V of one sequence."""

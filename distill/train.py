@@ -31,14 +31,14 @@ from tqdm.auto import tqdm
 from distill.candidates import Candidates, CandidateSampler
 from distill.config import Recipe, StageConfig, UserError
 from distill.corpus import BlockBatch, Blocks, lane_order
-from distill.fused import State, StudentWithLoss
+from distill.fused import StudentWithLoss
 from distill.groundwork import Groundwork, States
 from distill.loop import Loop, Step, make_optimizer
 from distill.metrics import Score
 from distill.objective import Objective
 from distill.signals import Encoding, HiddenSignal
 from distill.stream import BlockStream
-from distill.student import LSTMForCausalLM
+from distill.student import LSTMForCausalLM, State
 from distill.targets import Targets
 from distill.teacher import LanguageModel
 from distill.tracking import Tracker
@@ -95,7 +95,7 @@ class Training(Loop):
         lane_order(len(self.first_blocks), self.lanes, epoch=0, seed=recipe.run.seed)  # UserError if it is too short
         self.micro = micro_batch_size(recipe, accelerator.num_processes)
         self.tokens_per_step = self.lanes * recipe.corpus.block_length
-        self.states: dict[int, State] = {}  # carried (h, c) by micro-batch
+        self.states: dict[int, State] = {}  # carried, by micro-batch
         self.sampler: CandidateSampler | None = None
 
     # ---------------------------------------------------------------- the whole training
@@ -276,7 +276,8 @@ class Training(Loop):
         for parameter in student.parameters():
             parameter.requires_grad_(parts.get(id(parameter), "body") not in resting)
             parameter.grad = None
-        with_loss = StudentWithLoss(student, self.teacher.width if "layer_mse" in stage.objective else None)
+        layer_width = self.teacher.width if "layer_mse" in stage.objective else None
+        with_loss = StudentWithLoss(student, layer_width, self.recipe.student.penalties)
         self.aids = {name: p for name, p in with_loss.named_parameters() if not name.startswith("student.")}
         embeddings = {key for key, part in parts.items() if part == "embedding"}
         optimizer = make_optimizer(stage, with_loss, embeddings)
@@ -286,14 +287,19 @@ class Training(Loop):
     # ---------------------------------------------------------------- saving and resuming
 
     def extras(self) -> dict[str, Tensor]:
-        """The carried states of all lanes of all processes, in lane order: (L, G, H) each."""
+        """The carried states of all lanes of all processes, in lane order: their parts by name, lanes on axis 1."""
         if isinstance(self.all_blocks, BlockStream):
             self.progress.stream = self.all_blocks.state()
         if not self.states:
             return {}
-        h, c = (torch.cat([state[i] for _, state in sorted(self.states.items())], 1).float().cpu() for i in (0, 1))
-        parts = gather_object([(h, c)]) if self.accelerator.num_processes > 1 else [(h, c)]
-        return {"h_LGH": torch.cat([p[0] for p in parts], 1), "c_LGH": torch.cat([p[1] for p in parts], 1)}
+        micro_batches = zip(*(state for _, state in sorted(self.states.items())), strict=True)
+        own = [torch.cat(parts, 1).float().cpu() for parts in micro_batches]
+        processes = gather_object([own]) if self.accelerator.num_processes > 1 else [own]
+        lanes = (torch.cat(parts, 1) for parts in zip(*processes, strict=True))
+        return dict(zip(self._lane_names(), lanes, strict=True))
+
+    def _lane_names(self) -> list[str]:
+        return [name.replace("B", "G") for name in self.student.model.state_names]
 
     def take_extras(self, tensors: dict[str, Tensor]) -> None:
         if isinstance(self.all_blocks, BlockStream) and self.progress.stream:
@@ -303,10 +309,8 @@ class Training(Loop):
         share = self.lanes // self.accelerator.num_processes
         first = self.accelerator.process_index * share
         for number, start in enumerate(range(first, first + share, self.micro)):
-            h, c = (
-                tensors[key][:, start : start + self.micro].to(self.accelerator.device) for key in ("h_LGH", "c_LGH")
-            )
-            self.states[number] = (h.contiguous(), c.contiguous())
+            parts = (tensors[name][:, start : start + self.micro] for name in self._lane_names())
+            self.states[number] = tuple(part.to(self.accelerator.device).contiguous() for part in parts)
 
 
 def micro_batch_size(recipe: Recipe, processes: int) -> int:

@@ -3,13 +3,14 @@
 The head fixes what "similar next words" means and is most of a small model's parameters; copied, the LSTM only has to
 learn to point into the teacher's space.
 
-Legend: V vocabulary, d width of the teacher, r width of the student's embedding and head, H hidden size.
+Legend: V vocabulary, d width of the teacher, r width of the student's embedding and head, H hidden size, F units of a
+feed-forward block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +19,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.config import StudentConfig, UserError
 from distill.geometry import Basis
+from distill.sharding import whole
 from distill.student import LSTMConfig, LSTMForCausalLM, LSTMForSequenceClassification
 from distill.teacher import LanguageModel, resolve_model, without_load_report
 
@@ -43,6 +45,13 @@ def build_student(
             f"student.transplant, found {width}"
         )
     narrow = width != teacher.width
+    if transplant and config.feed_forward_from == "teacher":
+        if narrow:
+            raise UserError(
+                f"student.feed_forward_from: teacher needs an embedding of the teacher's width of {teacher.width}, "
+                f"whose axes its feed-forward blocks know; found student.embedding_size {width}"
+            )
+        teacher_feed_forwards(teacher, config.num_layers, config.feed_forward_size or 0)
     tied = config.tie_embeddings
     if tied is None:
         tied = teacher.model.config.get_text_config().tie_word_embeddings
@@ -51,8 +60,13 @@ def build_student(
         embedding_size=width,
         hidden_size=config.hidden_size,
         num_layers=config.num_layers,
+        cell=config.cell,
+        attention_window=config.attention_window,
+        feed_forward_size=config.feed_forward_size,
+        embedding_dropout=config.embedding_dropout,
         input_dropout=config.input_dropout,
         output_dropout=config.output_dropout,
+        variational_dropout=config.variational_dropout,
         recurrent_dropout=config.recurrent_dropout,
         head_bias=teacher.head.bias_V is not None or (transplant and narrow),
         tie_word_embeddings=tied,
@@ -160,6 +174,67 @@ def transplant_low_rank(student: LSTMForCausalLM, teacher: LanguageModel, basis:
         embedding_Vd = teacher.embedding_Vd.float()
         _, axes_dd = torch.linalg.eigh(embedding_Vd.t() @ embedding_Vd)
         student.model.embed_tokens.weight.copy_(embedding_Vd @ axes_dd.flip(-1)[:, : student.config.embedding_size])
+
+
+class TeacherFeedForward(NamedTuple):
+    """D (silu(G n) * U n), the gain of the norm before it multiplied into G and U."""
+
+    gate_Fd: Tensor
+    up_Fd: Tensor
+    down_dF: Tensor
+
+
+def teacher_feed_forwards(teacher: LanguageModel, blocks: int, size: int) -> list[TeacherFeedForward]:
+    """For block i of N that of the teacher's layer i L / N, cut to its `size` units of the largest weights; in fp32.
+
+    UserError for a teacher of another kind, or of fewer units. Collective where the teacher lies in shards.
+    """
+    config = teacher.model.config.get_text_config()
+    try:
+        layers: Any = teacher.model.base_model.get_submodule("layers")
+        chosen = [layers[round((block + 1) * len(layers) / blocks) - 1] for block in range(blocks)]
+        parts = [
+            (layer.post_attention_layernorm.weight, layer.mlp.gate_proj, layer.mlp.up_proj, layer.mlp.down_proj)
+            for layer in chosen
+        ]
+        if config.hidden_act != "silu" or any(part.bias is not None for _, *matrices in parts for part in matrices):
+            raise AttributeError("silu without biases")
+    except AttributeError:
+        raise UserError(
+            f"student.feed_forward_from: expected a teacher of Llama's kind (gate_proj, up_proj and down_proj without "
+            f"biases, silu, an RMSNorm before), found {config.model_type}; use random"
+        ) from None
+    found = []
+    for gain_d, *matrices in parts:
+        gate_Fd, up_Fd, down_dF = (whole(part.weight).float() for part in matrices)
+        gate_Fd, up_Fd = gate_Fd * whole(gain_d).float(), up_Fd * whole(gain_d).float()
+        if size > len(gate_Fd):
+            raise UserError(
+                f"student.feed_forward_size: expected at most the teacher's {len(gate_Fd)} with feed_forward_from: "
+                f"teacher, found {size}"
+            )
+        weight_F = gate_Fd.norm(dim=1) * up_Fd.norm(dim=1) * down_dF.norm(dim=0)
+        kept_f = weight_F.topk(size).indices.sort().values
+        found.append(TeacherFeedForward(gate_Fd[kept_f], up_Fd[kept_f], down_dF[:, kept_f]))
+    return found
+
+
+@torch.no_grad()
+def transplant_feed_forward(student: LSTMForCausalLM, teacher: LanguageModel) -> None:
+    """The teacher's feed-forward blocks in the coordinates of the student's residual stream.
+
+    That is P times the teacher's, for the input projection P: what is added is multiplied by P, and what is read is
+    turned back by the orthogonal matrix nearest to P's transpose, for a norm has taken the size away.
+    """
+    config, projection_Hd = student.config, student.model.input_projection.weight.float()
+    left_Hr, _, right_rd = torch.linalg.svd(projection_Hd, full_matrices=False)
+    turn_dH = (left_Hr @ right_rd).t() * (teacher.width / config.hidden_size) ** 0.5  # norms: sqrt(d), not sqrt(H)
+    theirs = teacher_feed_forwards(teacher, config.num_layers, config.feed_forward_size or 0)
+    for block, (gate_Fd, up_Fd, down_dF) in zip(student.model.layers, theirs, strict=True):
+        mine: Any = block.get_submodule("feed_forward")
+        mine.gate.weight.copy_(gate_Fd.to(turn_dH.device) @ turn_dH)
+        mine.up.weight.copy_(up_Fd.to(turn_dH.device) @ turn_dH)
+        mine.down.weight.copy_(projection_Hd @ down_dF.to(turn_dH.device))
 
 
 @torch.no_grad()

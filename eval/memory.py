@@ -12,7 +12,8 @@
   the right one of ten? The same with nine numbers. `gain_nats` is what the mention adds to the log-probability of the
   right one, against a mention of another.
 - Time constants of an LSTM's units: -1 / mean(ln f) tokens for the forget gate f, the time in which a cell's content
-  falls to 1/e, over the tokens of the corpus; with a picture of their distribution.
+  falls to 1/e, over the tokens of the corpus; with a picture of their distribution. Of a GRU's units the same with the
+  gate z, which says what is kept of h.
 
 Stretches longer than a Transformer allows are left out and marked.
 
@@ -33,13 +34,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from distill.checkpoint import write_atomically
 from distill.config import EvaluationConfig, UserError
 from distill.metrics import Documents, Row, reading_window, rows_of, scored
 from distill.output import print_table
-from distill.student import LSTMBlock, LSTMForCausalLM
+from distill.student import LayerNormLSTM, LSTMBlock, LSTMForCausalLM
 from distill.teacher import LanguageModel
 from eval.command import Figures, Subject, add_corpus_options, execute, finish, make_parser, make_subjects, make_texts
 
@@ -203,24 +205,19 @@ def recall(
 
 
 def time_constants(model: LanguageModel, documents: Documents, tokens: int) -> list[Tensor]:
-    """-1 / mean(ln f) of every unit, (H,) for each layer, over about so many tokens of the documents."""
+    """-1 / mean(ln f) of every unit (GRU: z), (H,) for each layer, over about so many tokens of the documents."""
     network = model.model
     assert isinstance(network, LSTMForCausalLM)
     blocks = [block for block in network.model.layers if isinstance(block, LSTMBlock)]
-    sums = [torch.zeros(block.lstm.hidden_size, dtype=torch.float64) for block in blocks]
+    sums = [torch.zeros(block.cell.hidden_size, dtype=torch.float64) for block in blocks]
     seen = 0
 
     def add(total: Tensor, block: LSTMBlock, inputs_1TH: Tensor, outputs_1TH: Tensor) -> None:
-        H = block.lstm.hidden_size
-        weights = (block.lstm.get_parameter(f"{name}_l0")[H : 2 * H].float() for name in ("weight_ih", "weight_hh"))
-        bias_H = sum(block.lstm.get_parameter(f"{name}_l0")[H : 2 * H].float() for name in ("bias_ih", "bias_hh"))
-        before_1TH = torch.nn.functional.pad(outputs_1TH[:, :-1].float(), (0, 0, 1, 0))  # h of the position before
-        x_HH, h_HH = weights
-        gate_1TH = inputs_1TH.float() @ x_HH.T + before_1TH @ h_HH.T + bias_H
-        total += torch.nn.functional.logsigmoid(gate_1TH).double().sum((0, 1)).cpu()
+        before_1TH = F.pad(outputs_1TH[:, :-1], (0, 0, 1, 0))  # h of the position before
+        total += F.logsigmoid(_kept(block.cell, inputs_1TH, before_1TH)).double().sum((0, 1)).cpu()
 
     def watch(total: Tensor, block: LSTMBlock) -> Any:
-        return block.lstm.register_forward_hook(lambda _, inputs, outputs: add(total, block, inputs[0], outputs[0]))
+        return block.cell.register_forward_hook(lambda _, inputs, outputs: add(total, block, inputs[0], outputs[0]))
 
     hooks = [watch(total, block) for total, block in zip(sums, blocks, strict=True)]
     try:
@@ -233,6 +230,19 @@ def time_constants(model: LanguageModel, documents: Documents, tokens: int) -> l
         for hook in hooks:
             hook.remove()
     return [-seen / total for total in sums]
+
+
+def _kept(cell: Any, x_1TH: Tensor, before_1TH: Tensor) -> Tensor:
+    """The gate that says what is kept, before its sigmoid, in fp32: an LSTM's f, a GRU's z; both are torch's second."""
+    kept = slice(cell.hidden_size, 2 * cell.hidden_size)
+    x_1TH, before_1TH = x_1TH.float(), before_1TH.float()
+    if isinstance(cell, LayerNormLSTM):  # norms go over all gates
+        input_1TG = cell.input_norm(x_1TH @ cell.weight_ih.float().T) + cell.bias
+        return (input_1TG + cell.recurrent_norm(before_1TH @ cell.weight_hh.float().T))[..., kept]
+    x_HH, h_HH, b_H, e_H = (
+        cell.get_parameter(f"{name}_l0")[kept].float() for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    )
+    return x_1TH @ x_HH.T + before_1TH @ h_HH.T + (b_H + e_H)
 
 
 def plot_time_constants(constants: Sequence[Tensor], target: Path) -> None:
@@ -252,7 +262,7 @@ def plot_time_constants(constants: Sequence[Tensor], target: Path) -> None:
         axis.set_ylabel(f"layer {layer + 1}\nunits")
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    axes[-1].set_xlabel("time constant of the forget gate (tokens)")
+    axes[-1].set_xlabel("time constant of the gate that forgets (tokens)")
     write_atomically(target, lambda path: figure.savefig(path, dpi=150, format="png"), field="run folder")
 
 

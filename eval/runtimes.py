@@ -23,7 +23,7 @@ from distill.config import UserError
 from distill.decode import find_student, load_decoder
 from distill.packaged import PREFIX, resolve_package
 from distill.sampling import Sampler
-from distill.student import LSTMCache, LSTMForCausalLM
+from distill.student import LSTMCache, LSTMForCausalLM, State
 from distill.teacher import LanguageModel, hardware_has_bf16, resolve_model
 from eval.command import Subject
 
@@ -87,8 +87,8 @@ class TorchSession:
             tokens_B1 = torch.from_numpy(tokens_B).to(self.model.device)[:, None]
             if not self.compiled:
                 return self._any_step(tokens_B1)
-            logits_BV, h_LBH, c_LBH = self.advance(tokens_B1, self.state.h_LBH, self.state.c_LBH)
-            self.state = LSTMCache(h_LBH, c_LBH)
+            logits_BV, state = self.advance(tokens_B1, *self.state.state)
+            self.state = LSTMCache(*state)
             return self._chosen(logits_BV)
 
     def _any_step(self, tokens_B1: Tensor) -> np.ndarray:
@@ -96,21 +96,19 @@ class TorchSession:
         self.state = output.past_key_values
         return self._chosen(output.logits[:, -1])
 
-    def _student_step(self, tokens_B1: Tensor, h_LBH: Tensor, c_LBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _student_step(self, tokens_B1: Tensor, *state: Tensor) -> tuple[Tensor, State]:
         """A pure function of tensors, which is what compiles."""
-        cache = LSTMCache(h_LBH, c_LBH)
+        cache = LSTMCache(*state)
         logits_BV = self.network(input_ids=tokens_B1, past_key_values=cache).logits[:, -1]
-        assert cache.h_LBH is not None and cache.c_LBH is not None
-        return logits_BV, cache.h_LBH, cache.c_LBH
+        return logits_BV, cache.state
 
     def _chosen(self, logits_BV: Tensor) -> np.ndarray:
         return logits_BV[:, : self.vocab_size].argmax(-1).cpu().numpy()  # .cpu() waits for the device
 
     def state_bytes(self) -> int:
         if isinstance(self.state, LSTMCache):
-            tensors = [self.state.h_LBH, self.state.c_LBH]
-        else:
-            tensors = [part for layer in self.state.layers for part in (layer.keys, layer.values)]
+            return self.state.state_bytes
+        tensors = [part for layer in self.state.layers for part in (layer.keys, layer.values)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 

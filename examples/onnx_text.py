@@ -14,11 +14,12 @@ folder, prompt = sys.argv[1:]
 tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
 session = onnxruntime.InferenceSession(f"{folder}/model.onnx")
 
-layers, _, width = session.get_inputs()[1].shape
-h = c = np.zeros((layers, 1, width), np.float32)  # all that the student remembers
+_, *parts = session.get_inputs()  # h and c of an LSTM, h of a GRU: all that the student remembers
+state = {part.name: np.zeros((part.shape[0], 1, part.shape[2]), np.float32) for part in parts}
 new = written = tokenizer.encode(prompt).ids
 for _ in range(30):
-    logits, h, c = session.run(None, {"input_ids": np.array([new]), "h": h, "c": c})
+    logits, *after = session.run(None, {"input_ids": np.array([new]), **state})
+    state = dict(zip(state, after, strict=True))
     new = [int(logits[0, -1].argmax())]
     written = written + new
 print(tokenizer.decode(written))

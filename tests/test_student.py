@@ -572,33 +572,37 @@ def test_auto_classes_know_the_student(tmp_path):
 STRANGER = """
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-ids = torch.tensor([[1, 2, 3]])
-torch.save((model(ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False)), sys.argv[2])
-model.save_pretrained(sys.argv[3])
+for name in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(f"{name}/student", trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    ids = torch.tensor([[1, 2, 3]])
+    torch.save((model(ids).logits, model.generate(ids, max_new_tokens=5, do_sample=False)), f"{name}/output.pt")
+    model.save_pretrained(f"{name}/again")
 """
+STRANGE = {"plain": {}, "other": {"cell": "ln_lstm", "attention_window": 3, "feed_forward_size": 5}}
 
 
 def test_a_stranger_loads_the_folder_without_this_package(tmp_path):
-    student = make_student(dtype=torch.float32)
-    student.save_pretrained(tmp_path / "student")
-    auto_map = json.loads((tmp_path / "student/config.json").read_text())["auto_map"]
+    students = {name: make_student(dtype=torch.float32, **fields) for name, fields in STRANGE.items()}
+    for name, student in students.items():
+        student.save_pretrained(tmp_path / name / "student")
+    auto_map = json.loads((tmp_path / "plain/student/config.json").read_text())["auto_map"]
     assert auto_map == {"AutoConfig": "student.LSTMConfig", "AutoModelForCausalLM": "student.LSTMForCausalLM"}
     environment = {
         "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(tmp_path / "home"),
         "HF_MODULES_CACHE": str(tmp_path / "modules"),
     }
-    arguments = [str(tmp_path / name) for name in ("student", "output.pt", "again")]
-    run = run_stranger(STRANGER, *arguments, cwd=tmp_path, **environment)
+    run = run_stranger(STRANGER, *students, cwd=tmp_path, **environment)
     assert run.returncode == 0, run.stderr
-    logits_BTV, generated = torch.load(tmp_path / "output.pt")
-    ids_BT = torch.tensor([[1, 2, 3]])
-    torch.testing.assert_close(logits_BTV, student(ids_BT).logits)
-    assert torch.equal(generated, student.generate(ids_BT, max_new_tokens=5, do_sample=False))
     code = (Path(__file__).parent.parent / "distill/student.py").read_bytes()
-    assert (tmp_path / "student/student.py").read_bytes() == (tmp_path / "again/student.py").read_bytes() == code
+    for name, student in students.items():
+        logits_BTV, generated = torch.load(tmp_path / name / "output.pt")
+        ids_BT = torch.tensor([[1, 2, 3]])
+        torch.testing.assert_close(logits_BTV, student(ids_BT).logits)
+        assert torch.equal(generated, student.generate(ids_BT, max_new_tokens=5, do_sample=False))
+        files = [tmp_path / name / folder / "student.py" for folder in ("student", "again")]
+        assert files[0].read_bytes() == files[1].read_bytes() == code
 
 
 @pytest.mark.parametrize("tied", [False, True])
