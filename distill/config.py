@@ -414,6 +414,9 @@ class ClassificationConfig(Section):
     the same order."""
     test_split: str | None = None
     """Split of a hub data set to test on, in place of `corpus.test_fraction`."""
+    max_texts: Positive | None = None
+    """Use at most this many texts, chosen by a hash of their content: `corpus.max_documents` takes them from the start,
+    and labelled sources are often sorted by label. Those of `test_split` are all used."""
     max_length: Positive = 128
     """Tokens of a text that are read, special tokens included; the rest is cut off."""
     pooling: Literal["last", "mean", "max"] = "last"

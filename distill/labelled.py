@@ -70,7 +70,7 @@ def load_labelled(corpus: CorpusConfig, config: ClassificationConfig) -> Labelle
     """
     source = open_labelled(corpus, config.label_field)
     classes = config.labels or source.classes
-    rows = list(_rows(source, corpus.max_documents))
+    rows = _chosen(list(_rows(source, corpus.max_documents)), config.max_texts)
     counts = Counter(label for _, label in rows if label is not None)
     classes = classes or tuple(sorted(counts))
     _check_classes(classes, counts, config)
@@ -94,7 +94,7 @@ def load_labelled(corpus: CorpusConfig, config: ClassificationConfig) -> Labelle
             )
     sides["train"] += sides["unlabelled"]
     of_config = {"text_field", "max_documents", "validation_fraction", "test_fraction"}
-    ingredients = [digests, classes, config.label_field, corpus.model_dump(include=of_config)]
+    ingredients = [digests, classes, config.label_field, config.max_texts, corpus.model_dump(include=of_config)]
     fingerprint = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:32]
     train, validation, test = (_texts(sides[side]) for side in ("train", "validation", "test"))
     return LabelledText(classes, train, validation, test, fingerprint)
@@ -112,6 +112,14 @@ def _rows(source: LabelledSource, most: int | None) -> Iterator[tuple[str, str |
             continue
         found += 1
         yield text.encode("utf-8", "replace").decode("utf-8"), _name(label, source.classes)
+
+
+def _chosen(rows: list[tuple[str, str | None]], most: int | None) -> list[tuple[str, str | None]]:
+    """At most so many of them, in their order; a text that stays stays with more. Not by the hash of `side_of`."""
+    if most is None or len(rows) <= most:
+        return rows
+    digests = [hashlib.blake2b(text.encode(), digest_size=8, person=b"chosen").digest() for text, _ in rows]
+    return [rows[number] for number in sorted(sorted(range(len(rows)), key=digests.__getitem__)[:most])]
 
 
 def _name(label: Any, classes: tuple[str, ...] | None) -> str | None:

@@ -266,7 +266,7 @@ def _classifier_row(name: str, figures: dict[str, Any]) -> dict[str, str]:
     return {
         "model": name,
         "accuracy": f"{figures['accuracy']:.3f}",
-        "95 %": f"{low:.3f}–{high:.3f}",
+        "95 %": f"{low:.2f}–{high:.2f}",
         "nats": f"{figures['nll_nats']:.3f}",
         "agreement": "–" if agreement is None else f"{agreement:.3f}",
         **_size(figures),

@@ -378,6 +378,14 @@ def test_texts_are_divided_by_content_and_unlabelled_ones_are_trained_on(tmp_pat
         assert part.texts[count:] == rest and set(part.labels_N[count:].tolist()) <= {NO_LABEL}
         assert text.all[text.places[side]] == part.texts
     assert load_labelled(config, ClassificationConfig()).classes == ("7", "a", "b", "other"), "whole numbers too"
+    few = load_labelled(config, ClassificationConfig(labels=("b", "a"), max_texts=60))
+    assert len(few.all) == 60 and few.fingerprint != text.fingerprint
+    for side in ("train", "validation", "test"):
+        kept = getattr(few, side).texts
+        assert kept == [each for each in getattr(text, side).texts if each in kept], "on their side, in their order"
+        assert 0 < len(kept) < len(getattr(text, side)), "from all sides"
+    more = load_labelled(config, ClassificationConfig(labels=("b", "a"), max_texts=100))
+    assert set(few.all) < set(more.all)
     turned = load_labelled(config, ClassificationConfig(labels=("a", "b")))
     assert turned.fingerprint != text.fingerprint
 
