@@ -184,15 +184,10 @@ def test_the_gradient_is_that_of_the_written_tokens(open_training: Any, objectiv
     training, take_step = open_training(stage, run__micro_batch_size=4, corpus__block_length=24)
     student, teacher, found = training.student, training.teacher, {}
     batches, _ = training._batches(0)
-    training._clip = lambda model: (
-        found.update({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None}), torch.ones(())
-    )[1]  # fmt: skip
-    weights = {name: p.detach().clone() for name, p in student.named_parameters()}
+    gradients = lambda: {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}  # noqa: E731
+    training.update = lambda *_: (found.update(gradients()), torch.ones(()))[1]  # in place of the optimizer
     sums, _, spent = take_step()
     assert spent.writing > 0 and spent.teacher > 0
-    with torch.no_grad():
-        for name, parameter in student.named_parameters():
-            parameter.copy_(weights[name])
     student.zero_grad()
     student.train()
     is_written, pieces, loss = torch.from_numpy(written_lanes(8, 0.5)), 0, torch.zeros(())
