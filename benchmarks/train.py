@@ -207,7 +207,7 @@ class Bench:
         _, take_step = training.begin(stage)
 
         def step() -> float:
-            teacher_seconds = take_step()[2]
+            teacher_seconds = take_step()[2].teacher
             training.progress.now.steps += 1
             return teacher_seconds
 

@@ -31,8 +31,8 @@ class Candidates:
     certain: int
 
     def places(self, labels_N: Tensor) -> Tensor:
-        """Where each label stands among the candidates; labels are certain."""
-        return torch.searchsorted(self.ids_C[: self.certain], labels_N)
+        """Where each label stands among the candidates; labels are certain, and none (below 0) stays none."""
+        return torch.searchsorted(self.ids_C[: self.certain], labels_N).where(labels_N >= 0, labels_N)
 
     def head(self, weight_Vd: Tensor, bias_V: Tensor | None) -> tuple[Tensor, Tensor]:
         """The student's head of C rows, differentiable; the logarithms of the weights are in its bias."""

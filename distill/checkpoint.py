@@ -19,11 +19,12 @@ import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -75,6 +76,21 @@ def write_json(target: Path, content: Any, field: str = "run.output_dir") -> Non
     """Write JSON atomically."""
     text = json.dumps(content, indent=1) + "\n"
     write_atomically(target, lambda path: path.write_text(text, encoding="utf-8"), field)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, field: str) -> Iterator[None]:
+    """One job at a time builds in a folder, which is made; another one waits and finds the work done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock")
+        lock.acquire()
+    except OSError as error:
+        raise UserError(f"{field}: {folder} cannot be written: {error}; choose another place") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def clear_leftovers(folder: Path) -> None:

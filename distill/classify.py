@@ -25,6 +25,7 @@ from distill.classifier import Recall
 from distill.config import StageConfig
 from distill.labelled import NO_LABEL, Tokens, epoch_batches
 from distill.loop import Loop, Step, make_optimizer
+from distill.progress import Spent
 
 
 def objective_sums(
@@ -153,7 +154,7 @@ class ClassifierTraining(Loop):
             for term, value in parts.items():
                 sums[term] = sums.get(term, torch.zeros((), device=value.device)) + value
         read = lambda: f"texts {[int(row) for rows_B in micro_batches for row in rows_B]}"  # noqa: E731
-        return sums, self.update(model, optimizer, sums, read), 0.0
+        return sums, self.update(model, optimizer, sums, read), Spent()
 
     def _inputs(self, rows_B: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Ids, mask, labels and teacher's logits of some texts."""

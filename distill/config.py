@@ -206,9 +206,10 @@ class StudentConfig(Section):
 class CorpusConfig(Section):
     """The text, its division and its packing."""
 
-    source: str
-    """Hub id of a data set, path of a file or folder (`.txt`, `.jsonl`, `.json`, `.parquet`), or
-    `package:DISTRIBUTION/PATH` for a file in an installed package."""
+    source: str = ""
+    """Hub id of a data set, path of a file or folder (`.txt`, `.jsonl`, `.json`, `.parquet`, or one that
+    `python -m distill.write` has written), or `package:DISTRIBUTION/PATH` for a file in an installed package. Left out:
+    the text is what the teacher writes (`writing`), validation included."""
     name: str | None = None
     """Configuration of a hub data set, for example `wikitext-103-raw-v1`."""
     revision: str | None = None
@@ -246,6 +247,11 @@ class CorpusConfig(Section):
     cache_dir: Path | None = None
     """Where tokenised text is kept. Default: `potstill/` in the user's cache folder."""
 
+    @field_validator("source", mode="before")
+    @classmethod
+    def _left_out(cls, value: Any) -> Any:
+        return "" if value is None else value
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.validation_fraction + self.test_fraction >= 1:
@@ -254,6 +260,43 @@ class CorpusConfig(Section):
         given = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
         if given and not self.streaming:
             raise ValueError(f"{', '.join(given)}: only for a stream; set streaming: true")
+        return self
+
+
+class WritingConfig(Section):
+    """Text that the teacher writes, to train on: sequence-level distillation (arXiv 1606.07947). Beside
+    `corpus.source` it is on the training side only, of which the hash of a document's text takes away what would be
+    validation or test, and the control does not read it; where `corpus.source` is left out it is all the text there is,
+    divided as any other. Written before training unless it is there, or by `accelerate launch -m distill.write RECIPE`;
+    the time it took counts as training time. What is written follows from these settings, the teacher's weights and,
+    for rounding, the machine and its threads; not from processes or from stops in between."""
+
+    documents: Positive
+    """Documents to write."""
+    max_tokens: Annotated[int, Field(ge=2)] = 256
+    """Longest document in tokens, its prompt included; it is cut there. Others end where the teacher ends them: with
+    the corpus's separator or an end token of its own."""
+    prompt_tokens: Annotated[int, Field(ge=0)] = 0
+    """Tokens that a document is begun with: those of the documents on the training side of `corpus.source`, one after
+    the other, and again from the first. 0 for nothing but the separator, which needs no text at all."""
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """Softmax temperature of sampling; 0 takes the likeliest token."""
+    top_k: Annotated[int, Field(ge=0)] = 0
+    """Sample from so many of the likeliest tokens only; 0 for all."""
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample from the fewest tokens whose probabilities reach this sum; 1 for all."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of sampling; each document draws from it and its number."""
+    batch_size: Positive = 64
+    """Documents that are written side by side in each process. Larger is faster up to a point; it changes rounding."""
+    folder: Path | None = None
+    """Where the text is kept. Default: a folder named by these settings under `potstill/written/` in the user's cache
+    folder."""
+
+    @model_validator(mode="after")
+    def _room_to_write(self) -> Self:
+        if self.prompt_tokens >= self.max_tokens:
+            raise ValueError(f"prompt_tokens ({self.prompt_tokens}) must be below max_tokens ({self.max_tokens})")
         return self
 
 
@@ -363,6 +406,16 @@ class StageConfig(Section):
     """Decoupled weight decay of matrices; norms, biases and embeddings have none."""
     freeze: frozenset[Literal["embedding", "head", "body"]] = frozenset()
     """Parts that are not trained in this stage. With tied embeddings, name both or neither of embedding and head."""
+    student_written: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the lanes, rounded to whole ones, whose text the student itself writes in each step, for the live
+    teacher to judge: on-policy distillation (lambda of GKD, arXiv 2306.13649). Such a block begins at a reset with the
+    first tokens of the lane's block of text; the student goes on. Divergences and hidden terms are taken at all its
+    positions, cross-entropy at none. The other lanes read on as ever. Each sum is divided by all tokens of the step."""
+    written_prompt: Positive = 16
+    """With `student_written`: tokens of text that such a block begins with."""
+    written_temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    """With `student_written`: temperature at which the student samples, in the run's precision, from its whole
+    vocabulary; 0 takes the likeliest token."""
 
     @field_validator("objective", mode="before")
     @classmethod
@@ -380,6 +433,17 @@ class StageConfig(Section):
     def _something_to_train(self) -> Self:
         if self.freeze >= {"embedding", "head", "body"}:
             raise ValueError("freeze leaves nothing to train")
+        if self.student_written and not self.needs_teacher:
+            raise ValueError("student_written: what the student writes is for the teacher to judge; add a divergence")
+        if self.student_written == 1 and "cross_entropy" in self.objective:
+            raise ValueError(
+                "student_written: at 1 no text is left for cross_entropy, which is not taken of what the student "
+                "writes; remove it or lower student_written"
+            )
+        fields = ("written_prompt", "written_temperature")
+        given = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
+        if given and not self.student_written:
+            raise ValueError(f"{', '.join(given)}: only with student_written")
         return self
 
     @property
@@ -578,6 +642,7 @@ class Recipe(Section):
     endpoint: EndpointConfig | None = None
     student: StudentConfig = StudentConfig()
     corpus: CorpusConfig
+    writing: WritingConfig | None = None
     targets: TargetsConfig = TargetsConfig()
     stages: tuple[StageConfig, ...]
     control: ControlConfig = ControlConfig()
@@ -619,6 +684,7 @@ class Recipe(Section):
             )
         if self.endpoint:
             problems += self._against_endpoint(self.endpoint)
+        problems += self._against_writing()
         for number, stage in enumerate(self.stages):
             where = f"stages.{number}"
             if self.student.tie_embeddings and len(stage.freeze & {"embedding", "head"}) == 1:
@@ -653,6 +719,8 @@ class Recipe(Section):
                 problems.append(f"{where}.candidates: expected targets.signal hidden or dense, found {kind}")
             if stage.metric != "identity" and "hidden_mse" not in terms:
                 problems.append(f"{where}.metric: {stage.metric} is for hidden_mse, which the objective does not have")
+            if stage.student_written:
+                problems += self._against_student_written(stage, where)
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -705,6 +773,42 @@ class Recipe(Section):
             problems.append(
                 f"endpoint.window: expected more than teacher.context ({self.teacher.context}) + 1, "
                 f"found {endpoint.window}"
+            )
+        return problems
+
+    def _against_writing(self) -> list[str]:
+        """What stands in the way of text that the teacher writes, or is missing without it."""
+        if self.writing is None:
+            needed = "corpus.source: required, unless the teacher writes the text (writing)"
+            return [] if self.corpus.source else [needed]
+        problems = []
+        if self.writing.prompt_tokens and not self.corpus.source:
+            problems.append(
+                f"writing.prompt_tokens: {self.writing.prompt_tokens}, but there is no corpus.source to take prompts "
+                "from; name one, or set 0"
+            )
+        if self.corpus.streaming:
+            problems.append("corpus.streaming: written text is not added to a stream; set streaming: false")
+        if self.endpoint:
+            problems.append("writing: text is written by teacher.model, not by the endpoint; remove one of the two")
+        return problems
+
+    def _against_student_written(self, stage: StageConfig, where: str) -> list[str]:
+        """What a stage in which the student writes needs of the rest of the recipe."""
+        problems, lanes, length = [], self.run.batch_size, self.corpus.block_length
+        if self.targets.cache:
+            problems.append(
+                f"{where}.student_written: no cache has targets of text that is written during training; set "
+                "targets.cache=false"
+            )
+        if not round(stage.student_written * lanes):
+            problems.append(
+                f"{where}.student_written: {stage.student_written} of {lanes} lanes (run.batch_size) is no whole lane"
+            )
+        if stage.written_prompt >= length:
+            problems.append(
+                f"{where}.written_prompt: expected fewer than corpus.block_length ({length}) tokens, found "
+                f"{stage.written_prompt}"
             )
         return problems
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import json
 import logging
 import mmap
@@ -99,9 +100,17 @@ class Corpus:
 
 
 def load_corpus(
-    config: CorpusConfig, tokenizer: Any, tokenizer_hash: str | None = None, *, progress: bool = True
+    config: CorpusConfig,
+    tokenizer: Any,
+    tokenizer_hash: str | None = None,
+    *,
+    written: CorpusConfig | None = None,
+    progress: bool = True,
 ) -> Corpus:
     """Read, divide and tokenise a recipe's text, or find all that done in the cache.
+
+    `written`: more documents, which may be trained on alone. Those whose hash puts them on another side are left out,
+    so that a document of validation that somebody knows by heart does not come into training through them.
 
     Processes that do this at once do not disturb each other: the first to finish stores its files, the
     others take them. `tokenizer_hash` stands in for `hash_tokenizer(tokenizer)`.
@@ -109,6 +118,7 @@ def load_corpus(
     """
     separator = separator_id(tokenizer, config.separator)
     source = open_documents(config, progress=progress)
+    more = open_documents(written, progress=progress) if written else None
     of_config = {"text_field", "documents", "max_documents", "validation_fraction", "test_fraction"}
     ingredients = {
         "format": FORMAT,
@@ -116,6 +126,7 @@ def load_corpus(
         "tokenizer": tokenizer_hash or hash_tokenizer(tokenizer),
         "separator_id": separator,
         **config.model_dump(include=of_config),
+        **({"written": more.digest} if more else {}),
     }
     fingerprint = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_root(config.cache_dir) / "corpus" / fingerprint
@@ -124,7 +135,7 @@ def load_corpus(
         try:
             partial.mkdir(parents=True)
             _clear_leftovers(partial)
-            counts = _build(partial, config, source, tokenizer, separator, progress)
+            counts = _build(partial, config, source, more, tokenizer, separator, progress)
             report = seal({"source": config.source, "ingredients": ingredients, **counts, "files": checksums(partial)})
             (partial / "corpus.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
             _install(partial, folder)
@@ -215,14 +226,22 @@ class Encoder:
 
 
 def _build(
-    folder: Path, config: CorpusConfig, source: Source, tokenizer: Any, separator: int, progress: bool
+    folder: Path,
+    config: CorpusConfig,
+    source: Source,
+    more: Source | None,
+    tokenizer: Any,
+    separator: int,
+    progress: bool,
 ) -> dict[str, Any]:
-    """Write the arrays of all sides; returns what `corpus.json` says about them."""
+    """Write the arrays of all sides; returns what `corpus.json` says about them. `more`: for training alone."""
     encoder = Encoder(tokenizer, separator)
     tokens = {side: GrowingArray(folder / f"{side}.npy", encoder.dtype) for side in SIDES}
     starts = {side: GrowingArray(folder / f"{side}.starts.npy", np.int64) for side in SIDES}
     measures = {side: GrowingArray(folder / f"{side}.documents.npy", np.int64, 2) for side in SIDES}
-    for texts in source.batches(progress=progress):
+    training = more.batches(progress=progress) if more else iter(())
+    training = ([text for text in texts if side_of(text, config) == "train"] for texts in training)
+    for texts in itertools.chain(source.batches(progress=progress), training):
         for text, tokens_N in zip(texts, encoder.encode(texts), strict=True):
             side = side_of(text, config)
             starts[side].append(np.array([tokens[side].length]))

@@ -4,7 +4,7 @@
     notes.jsonl          one record a line, the text in `corpus.text_field`
     notes.json           a list of records, or a mapping from titles to records
     notes.parquet        one record a row
-    notes/               all such files below a folder, in the order of their paths
+    notes/               all such files below a folder, in the order of their paths; or what `distill.write` has written
     package:D/PATH       such a file or folder inside the installed distribution D
     user/name            a data set on the hub
 
@@ -33,6 +33,7 @@ from rich.progress import Progress, TextColumn
 from distill.config import CorpusConfig, UserError
 from distill.packaged import PREFIX, resolve_package
 from distill.session import sha256
+from distill.written import MANIFEST, text_files
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 BATCH_DOCUMENTS, BATCH_CHARACTERS = 1000, 4_000_000  # tokenised at once, whichever is reached first
@@ -232,6 +233,8 @@ def _local_files(config: CorpusConfig) -> list[Path] | None:
 
 def _files(path: Path) -> list[Path]:
     """The file itself, or the files of known formats below a folder, hidden ones left out."""
+    if (path / MANIFEST).is_file():
+        return text_files(path)
     below = {file: file.relative_to(path).parts for file in path.rglob("*")} if path.is_dir() else {path: ()}
     files = [file for file, parts in sorted(below.items()) if not any(part.startswith(".") for part in parts)]
     files = [file for file in files if file.suffix in SUFFIXES and file.is_file()]

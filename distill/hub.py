@@ -184,16 +184,21 @@ def _is_hub_id(name: str) -> bool:
     return "/" in name and ":" not in name and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
 
+def _text_name(recipe: Recipe) -> str:
+    """The text that a run was trained and validated on."""
+    return recipe.corpus.source or "text that the teacher wrote"
+
+
 def card_data(recipe: Recipe, result: dict[str, Any], license_id: str | None) -> ModelCardData:
     """The card's metadata, with the results in the form that the hub shows beside a model."""
-    teacher, corpus, student = recipe.teacher.model, recipe.corpus.source, result["student"]
+    teacher, corpus, student = recipe.teacher.model, _text_name(recipe), result["student"]
     task, side = "text-generation", "validation documents"
     if is_classification(result):
         task, side = "text-classification", "test texts"
     results = [
         EvalResult(
             task_type=task,
-            dataset_type=corpus if _is_hub_id(corpus) else recipe.corpus.source.rsplit("/", 1)[-1],
+            dataset_type=corpus if _is_hub_id(corpus) else corpus.rsplit("/", 1)[-1],
             dataset_name=f"{corpus}, {side} of the run",
             metric_type=figure,
             metric_value=student[figure],
@@ -303,7 +308,7 @@ def _language_model_card(
         f"# {recipe.run.name}: an LSTM distilled from {recipe.teacher.model}",
         f"A causal language model of {student['parameters'] / 1e6:.1f} M parameters ({_architecture(config)}) with "
         f"constant memory per token, made with Potstill. Validation on "
-        f"{student['tokens']:,} tokens of {recipe.corpus.source}:",
+        f"{student['tokens']:,} tokens of {_text_name(recipe)}:",
         _markdown(table_rows(result)),
         "`ppl` is perplexity per token, `KL` is KL(teacher ‖ model) in nats, `top-1` how often both find the same "
         "token likeliest, `tok/s` greedy decoding at batch 1.",
@@ -317,7 +322,7 @@ def _language_model_card(
         *_onnx(folder, place, config),
         "## Where it comes from",
         f"- Teacher: {recipe.teacher.model}, licence {license_id or 'not stated'}, which this student carries.\n"
-        f"- Text: {recipe.corpus.source}, {result['corpus']['train_tokens']:,} tokens in "
+        f"- Text: {_text_name(recipe)}, {result['corpus']['train_tokens']:,} tokens in "
         f"{result['corpus']['train_documents']:,} training documents{streamed} "
         f"(fingerprint {result['corpus']['fingerprint']}); see there for its licence.\n"
         f"- Soft targets: {_sentence(result['targets'])}.\n"

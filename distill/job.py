@@ -23,8 +23,8 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from distill.classification import ClassificationJob
-from distill.config import Recipe, UserError
-from distill.corpus import Blocks, Corpus, Split, load_corpus
+from distill.config import CorpusConfig, Recipe, UserError
+from distill.corpus import Blocks, Corpus, Split, lane_order, load_corpus
 from distill.loop import control_stage
 from distill.metrics import Documents, Reference, Score, build_reference, reading_window, score, score_reference
 from distill.progress import timed
@@ -40,6 +40,8 @@ from distill.tracking import Tracker
 from distill.train import Training, micro_batch_size
 from distill.transplant import build_student
 from distill.vocabulary import trim_tokenizer
+from distill.writing import text_of, write_text
+from distill.written import TEXT_FIELD, WrittenText
 
 logger = logging.getLogger(__name__)
 
@@ -82,10 +84,14 @@ class _Job:
                 claim_inputs(
                     recipe.folder, parts.whole_corpus.fingerprint, str(parts.whole_teacher.model.dtype), weights
                 )
+            if parts.written and recipe.control.enabled and isinstance(parts.text_without_written, Blocks):
+                # UserError where the control would have too little text
+                lane_order(len(parts.text_without_written), recipe.run.batch_size, epoch=0, seed=recipe.run.seed)
         with timed(self.wall_seconds, "teacher_validation"):
             validator = Validator(recipe, corpus, teacher, self.accelerator)
         with timed(self.wall_seconds, "targets"):
             targets = parts.targets()
+        written = parts.written.figures() if parts.written else None
         shared: dict[str, Any] = {
             "recipe": recipe,
             "teacher": teacher,
@@ -106,6 +112,7 @@ class _Job:
                 "student", stages=recipe.stages, student=network, blocks=parts.text, targets=targets, **shared,
                 blocks_with_targets=parts.cached_blocks if recipe.targets.cache else None,
                 transplant=recipe.student.transplant,
+                seconds_before=written["seconds"] / self.accelerator.num_processes if written else 0.0,
             )  # fmt: skip
             progress = training.run()
         curves = {"student": progress.points}
@@ -116,7 +123,8 @@ class _Job:
                     recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=False
                 )
                 control = Training(
-                    "control", stages=(control_stage(recipe, progress),), student=network, blocks=parts.text,
+                    "control", stages=(control_stage(recipe, progress),), student=network,
+                    blocks=parts.text_without_written,
                     validate_at_tokens=progress.now.tokens, **shared,
                 )  # fmt: skip
                 control_progress = control.run()
@@ -143,6 +151,11 @@ class _Job:
         result["student"]["tokens_trained"] = progress.now.tokens
         result["student"]["train_seconds"] = progress.now.seconds
         result["student"]["teacher_seconds"] = progress.teacher_seconds
+        if progress.on_policy_seconds:
+            result["student"]["writing_seconds"] = progress.writing_seconds
+            result["student"]["writing_share"] = progress.writing_seconds / progress.on_policy_seconds
+        if written:
+            result["written"] = written
         result["targets"] = {"kind": targets.encoding.kind, "cached": isinstance(targets, CachedTargets)}
         if isinstance(targets, CachedTargets):
             result["targets"] |= {"seconds": targets.seconds, "bytes_per_token": targets.bytes_per_token}
@@ -199,8 +212,11 @@ class TeacherAndText:
             self.teacher.check_window(
                 recipe.teacher.context + recipe.corpus.block_length, packed=recipe.corpus.reset_at_documents
             )
-        with accelerator.main_process_first():
-            self.corpus = self._corpus()
+        self.written: WrittenText | None = None
+        if recipe.writing is not None:
+            prompts = self._load(recipe.corpus) if recipe.corpus.source else None
+            self.written = write_text(recipe, self.teacher, prompts, accelerator)
+        self.corpus = self._corpus()
         self.whole_teacher, self.whole_corpus = self.teacher, self.corpus
         self.vocabulary: dict[str, int] = {}  # what was kept and cut, if anything
         if recipe.student.vocabulary_min_count is not None:
@@ -231,8 +247,27 @@ class TeacherAndText:
             accelerator=self.accelerator,
         )
 
+    @cached_property
+    def text_without_written(self) -> Blocks | BlockStream:
+        """What a training without a teacher may read: not what the teacher wrote, unless there is nothing else."""
+        recipe = self.recipe
+        if self.written is None or not recipe.corpus.source:
+            return self.text
+        corpus = recipe.corpus
+        split = self._load(corpus).train
+        return Blocks(split, corpus.block_length, recipe.teacher.context, corpus.reset_at_documents)
+
     def _corpus(self) -> Corpus:
-        return load_corpus(self.recipe.corpus, self.teacher.tokenizer, progress=self.accelerator.is_main_process)
+        """The text of the recipe, with what the teacher wrote."""
+        recipe, written = self.recipe, None
+        if self.written is not None and recipe.corpus.source:
+            written = CorpusConfig(source=str(self.written.folder), text_field=TEXT_FIELD)
+        return self._load(text_of(recipe), written)
+
+    def _load(self, config: CorpusConfig, written: CorpusConfig | None = None) -> Corpus:
+        main = self.accelerator.is_main_process
+        with self.accelerator.main_process_first():
+            return load_corpus(config, self.teacher.tokenizer, written=written, progress=main)
 
     def _trim_vocabulary(self, min_count: int) -> None:
         """Go on with a part of the vocabulary, in teacher and text; the whole ones are kept to be compared with."""
@@ -240,8 +275,7 @@ class TeacherAndText:
         occurrences = whole.train.occurrences(self.teacher.vocab_size)
         trimmed = trim_tokenizer(self.teacher.tokenizer, occurrences, min_count)
         self.teacher = self.teacher.trimmed(trimmed.tokenizer, trimmed.teacher_ids_V)
-        with self.accelerator.main_process_first():
-            self.corpus = self._corpus()
+        self.corpus = self._corpus()
         self.vocabulary = {"min_count": min_count, **trimmed.counts}
         for side in ("train", "validation", "test"):
             self.vocabulary[f"{side}_tokens_before"] = len(getattr(whole, side).tokens)

@@ -27,13 +27,13 @@ from transformers import PreTrainedModel
 
 from distill.checkpoint import Checkpoints, load_state, load_tensors, restore_optimizer, write_atomically
 from distill.config import Length, Recipe, StageConfig, UserError
-from distill.progress import Clock, Interrupted, Progress, StopFlag
+from distill.progress import Clock, Interrupted, Progress, Spent, StopFlag
 from distill.schedule import learning_rate_factor
 from distill.torch_decoder import load_network
 from distill.tracking import VALIDATION_FIGURES, Tracker
 
 logger = logging.getLogger(__name__)
-Step = tuple[dict[str, Tensor], Tensor, float]  # the terms' sums of this process, the gradient norm, teacher's seconds
+Step = tuple[dict[str, Tensor], Tensor, Spent]  # the terms' sums of this process, the gradient norm, and seconds
 
 
 class Loop:
@@ -138,15 +138,18 @@ class Loop:
                     group["lr"] = stage.learning_rate * factor
                 began = time.perf_counter()
                 logging_step = (now.steps + 1) % self.recipe.tracking.every == 0
-                sums, grad_norm, teacher_seconds = take_step()
+                sums, grad_norm, spent = take_step()
                 if logging_step and accelerator.device.type == "cuda":
                     torch.cuda.synchronize()  # so that the clock sees the work, not its queue
                 seconds, signum = self._agree(time.perf_counter() - began, stop.signum)
-                progress.teacher_seconds += teacher_seconds
+                progress.teacher_seconds += spent.teacher
+                if spent.writing is not None:
+                    progress.writing_seconds += spent.writing
+                    progress.on_policy_seconds += seconds
                 tokens = self.tokens_of_step(now.steps)
                 now.steps, now.tokens, now.seconds = now.steps + 1, now.tokens + tokens, now.seconds + seconds
                 if logging_step:
-                    self._log(stage, sums, grad_norm, seconds, teacher_seconds, stage.learning_rate * factor)
+                    self._log(stage, sums, grad_norm, seconds, spent, stage.learning_rate * factor)
                 self._advance(bar, stage, sums)
                 if (
                     now.share(self.recipe.evaluation.every, progress.last_validation) >= 1
@@ -265,7 +268,7 @@ class Loop:
         sums: dict[str, Tensor],
         grad_norm: Tensor,
         seconds: float,
-        teacher_seconds: float,
+        spent: Spent,
         lr: float,
     ) -> None:
         """Losses of this step over all processes, to the tracker and to the run's own log file."""
@@ -279,9 +282,11 @@ class Loop:
             "learning_rate": lr,
             "grad_norm": grad_norm.item(),
             "tokens_per_second": self.tokens_of_step(step) / seconds,
-            "teacher_seconds_per_step": teacher_seconds,
-            "student_seconds_per_step": seconds - teacher_seconds,
+            "teacher_seconds_per_step": spent.teacher,
+            "student_seconds_per_step": seconds - spent.teacher,
         }
+        if spent.writing is not None:
+            values |= {"writing_seconds_per_step": spent.writing, "writing_share": spent.writing / seconds}
         now = self.progress.now
         self.tracker.log({**{f"train/{self.name}/{k}": v for k, v in values.items()}, "tokens": now.tokens})
         self.progress.logged += 1

@@ -54,6 +54,7 @@ class Objective:
     temperature: float = 1.0
     jsd_beta: float = 0.5
     metric: HiddenMetric | None = None  # of hidden_mse; None is the identity
+    unlabelled: bool = False  # labels below 0 may come: text that the student wrote, which cross-entropy leaves out
 
     @property
     def logit_terms(self) -> dict[str, float]:
@@ -79,9 +80,13 @@ class Objective:
             student = students[temperature]
             q_NV = student.probs_NV.clone() if len(terms) > 1 else student.probs_NV  # a term may write over it
             if name == "cross_entropy":
-                label_N1 = labels_N[:, None]
-                value = -student.log_probs_at(label_N1).sum()
+                label_N1 = labels_N[:, None].clamp_min(0)
+                log_q_N1 = student.log_probs_at(label_N1)
                 grad_NV = q_NV.scatter_add_(1, label_N1, q_NV.new_full((1, 1), -1.0).expand_as(label_N1))
+                if self.unlabelled:
+                    without_N1 = labels_N[:, None] < 0
+                    log_q_N1, grad_NV = log_q_N1.masked_fill(without_N1, 0), grad_NV.masked_fill_(without_N1, 0)
+                value = -log_q_N1.sum()
                 scale = weight
             else:
                 if isinstance(teacher, SparseSignal):

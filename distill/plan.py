@@ -43,6 +43,7 @@ from distill.teacher import LanguageModel, wrap
 from distill.tracking import Tracker
 from distill.train import Rehearsal, Training
 from distill.transplant import build_student
+from distill.writing import is_written
 
 DEVICES = (1, 8, 64)
 SAMPLE_TOKENS = 8192  # of the cache and the validation that are measured
@@ -71,6 +72,7 @@ class Measured:
     teacher_bytes: int
     student_bytes: int  # with gradients and AdamW's moments
     peak_bytes: int
+    writing: float = 0.0  # text that the teacher has written, all of it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,6 +166,10 @@ def measure(
 ) -> Measured:
     """Time the parts of a run; what has to be written goes to `folder`. `seconds`: for all steps together."""
     clock = _Clock()
+    if recipe.writing is not None and not is_written(recipe):
+        raise UserError(
+            "writing: a plan does not write the text; accelerate launch -m distill.write RECIPE does, and says how fast"
+        )
     parts = TeacherAndText(recipe, accelerator)
     load = clock.lap()
     teacher, corpus, evaluation = parts.teacher, parts.corpus, recipe.evaluation
@@ -245,6 +251,7 @@ def measure(
         teacher_bytes=teacher.weight_bytes,
         student_bytes=_training_bytes(student),
         peak_bytes=_peak_bytes(),
+        writing=parts.written.figures()["seconds"] if parts.written else 0.0,
     )
 
 
@@ -279,7 +286,7 @@ def forecast(recipe: Recipe, measured: Measured, devices: int = 1, efficiency: f
     control = control_validation = 0.0
     if measured.control is not None:
         step = measured.control.step / speed
-        seconds = targets + trained
+        seconds = targets + trained + measured.writing / speed
         length = Length(steps=steps) if recipe.control.match == "tokens" else Length(minutes=seconds / 60)
         count = steps_in(length, step, measured.tokens_per_step)
         # One more validation where the student's tokens are reached, unless that is the end.

@@ -39,6 +39,14 @@ class Clock:
 
 
 @dataclass
+class Spent:
+    """Seconds of a step in which the teacher was asked, and in which the student wrote, None where it does not."""
+
+    teacher: float = 0.0
+    writing: float | None = None
+
+
+@dataclass
 class Progress:
     """Where a training stands, as it lies in a checkpoint."""
 
@@ -47,6 +55,8 @@ class Progress:
     stage_start: Clock = field(default_factory=Clock)
     last_validation: Clock = field(default_factory=Clock)
     teacher_seconds: float = 0.0
+    writing_seconds: float = 0.0  # in which the student wrote, of on_policy_seconds: those of steps in which it does
+    on_policy_seconds: float = 0.0
     points: list[dict[str, Any]] = field(default_factory=list)
     best_nll_nats: float | None = None
     best_step: int = 0

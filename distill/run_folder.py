@@ -33,6 +33,7 @@ FREE_FIELDS = {
     "run": {"output_dir", "checkpoint_every", "keep_checkpoints", "threads", "micro_batch_size"},
     "endpoint": {"url", "api_key_env", "concurrency", "requests_per_second", "retries", "timeout"},
     "corpus": {"cache_dir"},
+    "writing": {"folder"},
     "evaluation": {"prompts", "new_tokens", "decode_seconds"},
     "tracking": None,
     "publishing": None,

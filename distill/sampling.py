@@ -7,6 +7,8 @@ Legend: V tokens, P those that top-k and top-p leave.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from distill.session import refuse
@@ -18,7 +20,9 @@ class Sampler:
     """Draws from softmax(logits / temperature), cut to the `top_k` likeliest tokens, then to the fewest whose
     probabilities reach `top_p`. Temperature 0 takes the likeliest token, the first of equal ones."""
 
-    def __init__(self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int | None = None) -> None:
+    def __init__(
+        self, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int | Sequence[int] | None = None
+    ) -> None:
         problems = []
         if not 0 <= temperature < float("inf"):
             problems.append(f"temperature must be 0 (greedy) or more, found {temperature}")

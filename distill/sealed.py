@@ -54,6 +54,15 @@ def check(content: Mapping[str, Any], model: type[BaseModel]) -> None:
         raise ValueError("; ".join(wrong)) from None
 
 
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any], whose: str) -> list[str]:
+    """Where what is `found` in a manifest is not what a run expects, one line a field."""
+    return [
+        f"{name}: {whose} has {found.get(name)!r}, the run {value!r}"
+        for name, value in expected.items()
+        if found.get(name) != value
+    ]
+
+
 def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

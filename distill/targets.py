@@ -33,7 +33,6 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol, Self
 
 import datasets
-import filelock
 import numpy as np
 import pyarrow as pa
 import torch
@@ -43,11 +42,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from distill.checkpoint import clear_leftovers, write_atomically, write_json
+from distill.checkpoint import clear_leftovers, locked, write_atomically, write_json
 from distill.config import EndpointConfig, TargetsConfig, UserError
 from distill.corpus import BlockBatch, Blocks, Corpus, cache_root, hash_tokenizer
 from distill.redact import redact
-from distill.sealed import check, read_sealed, seal, unseal
+from distill.sealed import check, differences, read_sealed, seal, unseal
 from distill.served import ServedTeacher
 from distill.session import sha256
 from distill.shards import Checked, Columns, Remote, Shards, map_shard
@@ -353,7 +352,7 @@ def open_targets(
         assert manifest is not None
         return CachedTargets(config.cache_dir, manifest, teacher.head, _seconds(manifest, len(blocks), world), root)
     folder = Path(config.cache_dir) if config.cache_dir else root / digest
-    with _locked(folder) if main else contextlib.nullcontext():
+    with locked(folder, "targets.cache_dir") if main else contextlib.nullcontext():
         if main:
             for place in (folder, folder / "data", folder / "building"):
                 clear_leftovers(place)
@@ -431,21 +430,6 @@ def _encoding_fields(config: TargetsConfig, teacher: LanguageModel) -> dict[str,
     }
 
 
-@contextlib.contextmanager
-def _locked(folder: Path) -> Any:
-    """One job at a time builds in a folder; another one waits and finds the work done."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / ".lock")
-        lock.acquire()
-    except OSError as error:
-        raise UserError(f"targets.cache_dir: {folder} cannot be written: {error}; choose another place") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _download(repo: str, folder: Path) -> None:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HTTPError
@@ -475,16 +459,10 @@ def _read_remote(url: str, identity: dict[str, Any], blocks: int, place: Path) -
 
 def _check_identity(manifest: dict[str, Any], identity: dict[str, Any], where: str) -> None:
     """UserError if a manifest is that of other targets."""
-    found = manifest["identity"]
-    differences = [
-        f"{name}: the cache has {found.get(name)!r}, the run {value!r}"
-        for name, value in identity.items()
-        if found.get(name) != value
-    ]
-    if differences:
+    if others := differences(manifest["identity"], identity, "the cache"):
         raise UserError(
             f"cached targets in {where} belong to another run; choose another targets.cache_dir:\n  "
-            + "\n  ".join(differences)
+            + "\n  ".join(others)
         )
 
 

@@ -133,7 +133,13 @@ class LanguageModel:
         """Final hidden states (B, W, d), after the last norm."""
         return self._read(input_ids_BW, position_ids_BW).last_hidden_state
 
-    def _read(self, input_ids_BW: Tensor, position_ids_BW: Tensor | None, **extra: Any) -> Any:
+    def read_on(self, ids_B1: Tensor, positions_B1: Tensor, seen_BS: Tensor, cache: Any) -> Tensor:
+        """Final hidden states (B, d) of one token more in each row; `cache`, which takes its keys and values, has those
+        of the S tokens before it, of which `seen_BS`, it included, says which ones are the row's own."""
+        extra = {"attention_mask": seen_BS.to(self.device), "past_key_values": cache, "use_cache": True}
+        return self._read(ids_B1, positions_B1, **extra).last_hidden_state[:, -1]
+
+    def _read(self, input_ids_BW: Tensor, position_ids_BW: Tensor | None, use_cache: bool = False, **extra: Any) -> Any:
         """What the network below the head returns."""
         input_ids_BW = input_ids_BW.to(self.device)
         if self.kept_ids_V is not None:
@@ -141,7 +147,7 @@ class LanguageModel:
         if position_ids_BW is not None and not isinstance(self.model, LSTMForCausalLM):  # which counts for itself
             extra["position_ids"] = position_ids_BW.to(self.device)
         with torch.inference_mode():
-            return self.model.base_model(input_ids=input_ids_BW, use_cache=False, **extra)
+            return self.model.base_model(input_ids=input_ids_BW, use_cache=use_cache, **extra)
 
     def signal(self, batch: BlockBatch, encoding: Encoding) -> Signal:
         """What the teacher says about a batch of blocks; N = B * T rows in the order of the labels."""

@@ -36,6 +36,8 @@ from distill.groundwork import Groundwork, States
 from distill.loop import Loop, Step, make_optimizer
 from distill.metrics import Score
 from distill.objective import Objective
+from distill.on_policy import Batch, BlockWriter, written_lanes
+from distill.progress import Spent
 from distill.signals import Encoding, HiddenSignal
 from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM, State
@@ -73,7 +75,9 @@ class Training(Loop):
         blocks_with_targets: Blocks | BlockStream | None = None,
         validate_at_tokens: int | None = None,
         transplant: bool = False,
+        seconds_before: float = 0.0,
     ) -> None:
+        """`seconds_before`: spent on this training already, on text that the teacher has written."""
         super().__init__(
             name,
             recipe=recipe,
@@ -90,13 +94,18 @@ class Training(Loop):
         self.blocks = self.blocks_with_targets  # of the stage at hand
         self.first_blocks = self.blocks.head if isinstance(self.blocks, BlockStream) else self.blocks
         self.teacher, self.targets, self.transplant = teacher, targets, transplant
+        self.seconds_before = seconds_before
         self.groundwork = Groundwork(teacher, student, accelerator, self._first_states)
         self.lanes = recipe.run.batch_size
         lane_order(len(self.first_blocks), self.lanes, epoch=0, seed=recipe.run.seed)  # UserError if it is too short
         self.micro = micro_batch_size(recipe, accelerator.num_processes)
+        share = self.lanes // accelerator.num_processes
+        self.own_lanes = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
+        self.separator_id = int(self.first_blocks.tokens[0])  # which starts every document, and so the text
         self.tokens_per_step = self.lanes * recipe.corpus.block_length
         self.states: dict[int, State] = {}  # carried, by micro-batch
         self.sampler: CandidateSampler | None = None
+        self.writer: BlockWriter | None = None
 
     # ---------------------------------------------------------------- the whole training
 
@@ -107,14 +116,16 @@ class Training(Loop):
         self.restore(optimizer, resumed)
         with self._spending() if resumed is None else nullcontext():
             metric = self.groundwork.metric(stage)
-        objective = Objective(stage.weights, stage.temperature, stage.jsd_beta, metric)
-        self.sampler = self._sampler(stage)
+        objective = Objective(
+            stage.weights, stage.temperature, stage.jsd_beta, metric, unlabelled=stage.student_written > 0
+        )
+        self.sampler, self.writer = self._sampler(stage), self._writer(stage)
         return optimizer, partial(self._step, model, optimizer, stage, objective)
 
     def initialise(self) -> None:
         if self.targets is not None:
-            self._spend(self.targets.seconds)
-            self.progress.teacher_seconds = self.targets.seconds
+            self.progress.teacher_seconds = self.targets.seconds + self.seconds_before
+            self._spend(self.progress.teacher_seconds)
         with self._spending():
             self.groundwork.initialise(self.recipe.student, self.transplant, self.occurrences_V)
 
@@ -142,7 +153,7 @@ class Training(Loop):
         steps, teacher_seconds, began = 0, 0.0, time.perf_counter()
         while steps < 2 or time.perf_counter() - began < seconds:
             self.progress.now.steps += 1
-            teacher_seconds += take_step()[2]
+            teacher_seconds += take_step()[2].teacher
             steps += 1
         total, began = time.perf_counter() - began, time.perf_counter()
         self._save(optimizer)
@@ -174,18 +185,16 @@ class Training(Loop):
         torch.manual_seed(((self.recipe.run.seed * 1_000_003 + steps) * 4_096 + accelerator.process_index) % 2**63)
         model.train()
         sums: dict[str, Tensor] = {}
-        teacher_seconds = 0.0
-        micro_batches = list(self._micro_batches(steps, self.blocks))
+        batches, spent = self._batches(steps)
         candidates = self._candidates(steps)
-        for number, (block_ids, starts_B) in enumerate(micro_batches):
-            batch, reset_BT = self._batch(block_ids, starts_B, self.blocks)
+        for number, (batch, reset_BT) in enumerate(batches):
             signal = None
             if stage.needs_teacher:
                 assert self.targets is not None
                 began = time.perf_counter()
                 signal = self.targets.signal(batch)
-                teacher_seconds += time.perf_counter() - began
-            last = number == len(micro_batches) - 1
+                spent.teacher += time.perf_counter() - began
+            last = number == len(batches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
                 loss, parts, self.states[number] = model(
                     batch.inputs_BT.to(accelerator.device),
@@ -200,9 +209,18 @@ class Training(Loop):
                 accelerator.backward(loss * (accelerator.num_processes / self.tokens_per_step))
             for term, value in parts.items():
                 sums[term] = sums.get(term, torch.zeros((), device=value.device)) + value
-        read = lambda: f"blocks {[int(block) for ids, _ in micro_batches for block in ids]}"  # noqa: E731
+        read = lambda: f"blocks {[block for batch, _ in batches for block in batch.block_ids_B.tolist()]}"  # noqa: E731
         grad_norm = self.update(model, optimizer, sums, read)
-        return sums, grad_norm, teacher_seconds
+        return sums, grad_norm, spent
+
+    def _batches(self, step: int) -> tuple[list[Batch], Spent]:
+        """This process's micro-batches of a step, some lanes written by the student where the stage says so."""
+        batches = [self._batch(ids, starts_B, self.blocks) for ids, starts_B in self._micro_batches(step, self.blocks)]
+        if self.writer is None:
+            return batches, Spent()
+        began = time.perf_counter()
+        batches = self.writer.rewrite(batches, step)
+        return batches, Spent(writing=time.perf_counter() - began)
 
     def _batch(self, block_ids: Any, starts_B: Tensor, blocks: Blocks | BlockStream) -> tuple[BlockBatch, Tensor]:
         """Blocks and their resets; a lane that does not go on from its block before starts from zero as well."""
@@ -218,8 +236,10 @@ class Training(Loop):
             starts_G = np.ones(self.lanes, dtype=bool)
         else:
             starts_G = ids_G != before_G + 1
-        first = self.accelerator.process_index * (self.lanes // self.accelerator.num_processes)
-        for start in range(first, first + self.lanes // self.accelerator.num_processes, self.micro):
+            if step == self.progress.stage_start.steps and self.progress.stage > 0:
+                # The states of these lanes are those after text that the student wrote.
+                starts_G |= written_lanes(self.lanes, self.stages[self.progress.stage - 1].student_written)
+        for start in range(self.own_lanes.start, self.own_lanes.stop, self.micro):
             chosen = slice(start, start + self.micro)
             yield ids_G[chosen], torch.from_numpy(starts_G[chosen])
 
@@ -248,6 +268,20 @@ class Training(Loop):
         if stage.candidates is None:
             return None
         return CandidateSampler(self.occurrences_V, stage.candidates)
+
+    def _writer(self, stage: StageConfig) -> BlockWriter | None:
+        if not stage.student_written:
+            return None
+        return BlockWriter(
+            self.student,
+            stage,
+            lanes=self.own_lanes,
+            of=self.lanes,
+            separator_id=self.separator_id,
+            reset_at_documents=self.recipe.corpus.reset_at_documents,
+            seed=self.recipe.run.seed,
+            dtype=torch.bfloat16 if self.accelerator.mixed_precision == "bf16" else torch.float32,
+        )
 
     def _candidates(self, step: int) -> Candidates | None:
         """Those of a step, the same for all processes and micro-batches."""
@@ -306,9 +340,7 @@ class Training(Loop):
             self.all_blocks.load(self.progress.stream)
         if not tensors:
             return
-        share = self.lanes // self.accelerator.num_processes
-        first = self.accelerator.process_index * share
-        for number, start in enumerate(range(first, first + share, self.micro)):
+        for number, start in enumerate(range(self.own_lanes.start, self.own_lanes.stop, self.micro)):
             parts = (tensors[name][:, start : start + self.micro] for name in self._lane_names())
             self.states[number] = tuple(part.to(self.accelerator.device).contiguous() for part in parts)
 

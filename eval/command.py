@@ -35,6 +35,7 @@ from distill.result import versions
 from distill.student import LSTMForCausalLM
 from distill.teacher import LanguageModel, load_language_model
 from distill.tracking import log_evaluation
+from distill.writing import text_of
 
 logger = logging.getLogger(__name__)
 ROLES = ("teacher", "student", "control")
@@ -234,7 +235,7 @@ def make_texts(options: argparse.Namespace) -> list[Text]:
                 )
                 base: Figures = {"max_tokens": None}
             else:
-                corpus, base = recipe.corpus, recipe.evaluation.model_dump()
+                corpus, base = text_of(recipe), recipe.evaluation.model_dump()
             evaluation = EvaluationConfig.model_validate({**base, **given})
         except ValidationError as error:
             raise UserError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
