@@ -393,7 +393,7 @@ def test_a_dumped_recipe_loads_as_an_equal_one(
         {
             "run": {"name": name, "micro_batch_size": None, "checkpoint_every": every, "threads": nothing},
             "teacher": {"model": text, "revision": text},
-            "corpus": {"source": text, "separator": text},
+            "corpus": {"source": text or "-", "separator": text},
             "stages": stages,
             "evaluation": {"every": every, "prompts": (text, name)},
             "tracking": {"tags": (text,)},
