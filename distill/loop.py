@@ -33,7 +33,8 @@ from distill.torch_decoder import load_network
 from distill.tracking import VALIDATION_FIGURES, Tracker
 
 logger = logging.getLogger(__name__)
-Step = tuple[dict[str, Tensor], Tensor, float]  # the terms' sums of this process, the gradient norm, teacher's seconds
+# The terms' sums of this process, the gradient norm, the teacher's seconds, the terms' weights
+Step = tuple[dict[str, Tensor], Tensor, float, dict[str, float]]
 
 
 class Loop:
@@ -89,6 +90,10 @@ class Loop:
     def initialise(self) -> None:
         """What is done once, before the first step of all, its time counted."""
 
+    def share(self, stage: StageConfig) -> float:
+        """How much of the stage at hand is over."""
+        return self.progress.now.share(stage.length, self.progress.stage_start)
+
     def restore(self, optimizer: Any, resumed: Path | None) -> None:
         """Put a checkpoint's moments into a stage's optimizer, and its weights into the aids."""
         if resumed is None:
@@ -130,7 +135,7 @@ class Loop:
         with self._bar(stage) as bar:
             while True:
                 now = progress.now
-                share = now.share(stage.length, progress.stage_start)
+                share = self.share(stage)
                 if share >= 1 or self._out_of_patience():
                     break
                 factor = learning_rate_factor(share, stage.schedule, stage.warmup, stage.final_learning_rate)
@@ -138,7 +143,7 @@ class Loop:
                     group["lr"] = stage.learning_rate * factor
                 began = time.perf_counter()
                 logging_step = (now.steps + 1) % self.recipe.tracking.every == 0
-                sums, grad_norm, teacher_seconds = take_step()
+                sums, grad_norm, teacher_seconds, weights = take_step()
                 if logging_step and accelerator.device.type == "cuda":
                     torch.cuda.synchronize()  # so that the clock sees the work, not its queue
                 seconds, signum = self._agree(time.perf_counter() - began, stop.signum)
@@ -146,7 +151,7 @@ class Loop:
                 tokens = self.tokens_of_step(now.steps)
                 now.steps, now.tokens, now.seconds = now.steps + 1, now.tokens + tokens, now.seconds + seconds
                 if logging_step:
-                    self._log(stage, sums, grad_norm, seconds, teacher_seconds, stage.learning_rate * factor)
+                    self._log(weights, sums, grad_norm, seconds, teacher_seconds, stage.learning_rate * factor)
                 self._advance(bar, stage, sums)
                 if (
                     now.share(self.recipe.evaluation.every, progress.last_validation) >= 1
@@ -261,7 +266,7 @@ class Loop:
 
     def _log(
         self,
-        stage: StageConfig,
+        weights: dict[str, float],
         sums: dict[str, Tensor],
         grad_norm: Tensor,
         seconds: float,
@@ -273,7 +278,7 @@ class Loop:
         step = self.progress.now.steps - 1
         terms = {term: value / self.divisor(step, term) for term, value in zip(sums, total.tolist(), strict=True)}
         values = {
-            "loss": sum(stage.weights[term] * value for term, value in terms.items()),
+            "loss": sum(weights[term] * value for term, value in terms.items()),
             **{f"loss_{term}": value for term, value in terms.items()},
             "learning_rate": lr,
             "grad_norm": grad_norm.item(),

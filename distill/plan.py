@@ -183,10 +183,19 @@ def measure(
     lanes, length = recipe.run.batch_size, recipe.corpus.block_length
     sample = parts.cached_blocks.first(max(lanes if recipe.targets.cache else 1, math.ceil(SAMPLE_TOKENS / length)))
     config = recipe.targets.model_copy(update={"cache": True, "cache_dir": str(folder / "cache"), "repo": None})
+    if recipe.other_teachers and config.kind == "hidden":
+        # What a cache could hold of several teachers.
+        config = config.model_copy(update={"signal": "top_k", "k": min(config.k, teacher.vocab_size)})
     cached = open_targets(
-        config, teacher, corpus, sample, accelerator, batch_tokens=evaluation.batch_tokens, endpoint=recipe.endpoint
+        config,
+        parts.teachers,
+        corpus,
+        sample,
+        accelerator,
+        batch_tokens=evaluation.batch_tokens,
+        endpoint=recipe.endpoint,
     )
-    targets: Targets = cached if recipe.targets.cache else LiveTargets(teacher, parts.encoding)
+    targets: Targets = cached if recipe.targets.cache else LiveTargets(parts.teachers, parts.encoding)
     blocks = sample if recipe.targets.cache else parts.cached_blocks
 
     shared: dict[str, Any] = {
@@ -242,7 +251,7 @@ def measure(
         target_tokens=_limited(tokens or len(parts.blocks) * length, recipe.targets.max_tokens),
         train_tokens=tokens or len(parts.blocks) * length,
         tokens_per_step=training.tokens_per_step,
-        teacher_bytes=teacher.weight_bytes,
+        teacher_bytes=parts.teachers.weight_bytes,
         student_bytes=_training_bytes(student),
         peak_bytes=_peak_bytes(),
     )

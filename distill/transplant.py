@@ -22,6 +22,13 @@ from distill.student import LSTMConfig, LSTMForCausalLM, LSTMForSequenceClassifi
 from distill.teacher import LanguageModel, resolve_model, without_load_report
 
 
+def is_tied(config: StudentConfig, teacher: LanguageModel) -> bool:
+    """Whether the student's embedding and head are one matrix."""
+    if config.tie_embeddings is not None:
+        return config.tie_embeddings
+    return bool(teacher.model.config.get_text_config().tie_word_embeddings)
+
+
 def build_student(
     config: StudentConfig, teacher: LanguageModel, separator_id: int, *, seed: int, transplant: bool
 ) -> LSTMForCausalLM:
@@ -43,9 +50,7 @@ def build_student(
             f"student.transplant, found {width}"
         )
     narrow = width != teacher.width
-    tied = config.tie_embeddings
-    if tied is None:
-        tied = teacher.model.config.get_text_config().tie_word_embeddings
+    tied = is_tied(config, teacher)
     shape = LSTMConfig(
         vocab_size=teacher.vocab_size,
         embedding_size=width,
