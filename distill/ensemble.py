@@ -67,14 +67,13 @@ class Ensemble:
 
     def signal(self, batch: BlockBatch, encoding: Encoding) -> Signal:
         """What they say together about a batch of blocks; inner layers are those of the first."""
-        depths = [encoding.layers, *[()] * (len(self.members) - 1)]
-        states = [
-            member.signal(batch, Encoding("hidden", layers=layers))
-            for member, layers in zip(self.members, depths, strict=True)
-        ]
-        parts = tuple(part for part in states if isinstance(part, HiddenSignal))
+        parts: list[HiddenSignal] = []
+        for member in self.members:
+            states = member.signal(batch, Encoding("hidden", layers=() if parts else encoding.layers))
+            assert isinstance(states, HiddenSignal)
+            parts.append(states)
         with torch.inference_mode():
-            return encoding.signal(MixedSignal(parts, self.weights), batch.block_ids_B.tolist())
+            return encoding.signal(MixedSignal(tuple(parts), self.weights), batch.block_ids_B.tolist())
 
 
 def load_teachers(recipe: Recipe, device: torch.device) -> LanguageModel | Ensemble:
@@ -105,7 +104,7 @@ def _difference(first: LanguageModel, other: LanguageModel, number: int) -> str 
         return None
     different: Sequence[str] = sorted(
         (token for token in expected.keys() | found.keys() if expected.get(token) != found.get(token)),
-        key=lambda token: min(expected.get(token, len(expected)), found.get(token, len(found))),
+        key=lambda token: (min(expected.get(token, len(expected)), found.get(token, len(found))), token),
     )
     token = different[0]
     return (

@@ -122,9 +122,10 @@ def plan(
         }
         for devices, row in rows.items()
     ]
+    sparse = " and targets.signal top_k" if recipe.other_teachers and recipe.targets.kind == "hidden" else ""
     note = (
         f"A pass: {measured.train_tokens:,} tokens of text. Cache: {measured.target_tokens:,} tokens"
-        f"{'' if recipe.targets.cache else ', if targets.cache were true'}. Of several devices each is "
+        f"{'' if recipe.targets.cache else f', if targets.cache were true{sparse}'}. Of several devices each is "
         f"{efficiency:.0%} as fast as this one. Of the memory, {measured.teacher_bytes / 2**30:.2f} GiB are the "
         f"teacher's weights, {measured.student_bytes / 2**30:.2f} GiB student, gradients and optimizer."
     )

@@ -128,7 +128,8 @@ class MixedSignal:
         """From the logits (N, V) of each, such logits that their softmax at the temperature is p."""
         log_p_NV: Tensor | None = None
         for logits_NV, weight in zip(logits, self.weights, strict=True):
-            part_NV = torch.log_softmax(logits_NV / temperature, -1) + math.log(weight)
+            # Teachers may be on different devices.
+            part_NV = torch.log_softmax(logits_NV.to(logits[0].device) / temperature, -1) + math.log(weight)
             log_p_NV = part_NV if log_p_NV is None else torch.logaddexp(log_p_NV, part_NV)
         assert log_p_NV is not None, "there is at least one teacher"
         return log_p_NV.mul_(temperature)
