@@ -37,7 +37,7 @@ from distill import losses
 from distill.fused import _ChunkedHeadLoss
 from distill.job import _keep_freed_memory
 from distill.objective import Objective
-from distill.signals import DenseSignal, Head, HiddenSignal, Signal, SparseSignal, concatenate, sample, top_k
+from distill.signals import DenseSignal, Head, HiddenSignal, SparseSignal, concatenate, sample, top_k
 from distill.teacher import hardware_has_bf16
 
 V, D, K = 49152, 576, 64
@@ -69,7 +69,9 @@ class Case:
         if kind == "hidden":
             self.signals[DTYPE] = HiddenSignal(hidden_Nd.to(DTYPE), Head(teacher_Vd.to(DTYPE)))
 
-    def _signal(self, hidden_Nd: Tensor, head: Head, generator: torch.Generator) -> Signal:
+    def _signal(
+        self, hidden_Nd: Tensor, head: Head, generator: torch.Generator
+    ) -> DenseSignal | HiddenSignal | SparseSignal:
         if self.kind == "hidden":
             return HiddenSignal(hidden_Nd, head)
         if self.kind == "dense":

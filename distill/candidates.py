@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from distill.config import UserError
-from distill.signals import DenseSignal, HiddenSignal, Signal
+from distill.signals import DenseSignal, HiddenSignal, MixedSignal, Signal
 
 
 @dataclass(frozen=True)
@@ -44,21 +43,21 @@ class Candidates:
             return None
         if isinstance(signal, DenseSignal):
             return DenseSignal(signal.logits_NV[:, self.ids_C] + self.log_weight_C.to(signal.logits_NV.device))
+        if isinstance(signal, MixedSignal):
+            return replace(signal, parts=tuple(self._of_states(part) for part in signal.parts))
         if isinstance(signal, HiddenSignal):
-            return replace(signal, head=signal.head.rows(self.ids_C, self.log_weight_C))
+            return self._of_states(signal)
         raise ValueError("candidates are for hidden and dense signals: a sparse one has candidates of its own")
+
+    def _of_states(self, signal: HiddenSignal) -> HiddenSignal:
+        return replace(signal, head=signal.head.rows(self.ids_C, self.log_weight_C))
 
 
 class CandidateSampler:
     """Draws the candidates of a step: `frequent` tokens, the step's labels, and half as many others as `frequent`."""
 
     def __init__(self, occurrences_V: Tensor, frequent: int) -> None:
-        """UserError unless the vocabulary has more tokens than `frequent`."""
-        if frequent >= len(occurrences_V):
-            raise UserError(
-                f"candidates: expected fewer than the {len(occurrences_V)} tokens of the vocabulary, found {frequent}; "
-                "remove it from the stage for the whole vocabulary"
-            )
+        assert frequent < len(occurrences_V), "check_stages comes first"
         self.drawn = max(1, frequent // 2)
         self.is_frequent_V = torch.zeros_like(occurrences_V, dtype=torch.bool)
         self.is_frequent_V[occurrences_V.argsort(descending=True, stable=True)[:frequent]] = True

@@ -25,15 +25,16 @@ from distill.classifier import Recall
 from distill.config import StageConfig
 from distill.labelled import NO_LABEL, Tokens, epoch_batches
 from distill.loop import Loop, Step, make_optimizer
+from distill.objective import Objective
 from distill.progress import Spent
 
 
 def objective_sums(
-    stage: StageConfig, logits_BC: Tensor, labels_B: Tensor, teacher_BC: Tensor | None
+    objective: Objective, logits_BC: Tensor, labels_B: Tensor, teacher_BC: Tensor | None
 ) -> dict[str, Tensor]:
-    """Each term of a stage, summed over the texts; cross-entropy over those with a label."""
+    """Each term of an objective, summed over the texts; cross-entropy over those with a label."""
     sums: dict[str, Tensor] = {}
-    for term in stage.weights:
+    for term in objective.weights:
         if term == "cross_entropy":
             known_B = labels_B != NO_LABEL
             sums[term] = losses.cross_entropy(logits_BC[known_B], labels_B[known_B])
@@ -42,8 +43,7 @@ def objective_sums(
         if term == "logit_mse":
             sums[term] = losses.logit_mse(logits_BC, teacher_BC)
         else:
-            extra = {"beta": stage.jsd_beta} if term == "jsd" else {}
-            sums[term] = losses.DIVERGENCES[term](logits_BC, teacher_BC, stage.temperature, **extra)
+            sums[term] = losses.DIVERGENCES[term](logits_BC, teacher_BC, objective.temperature, **objective.extra(term))
     return sums
 
 
@@ -56,13 +56,13 @@ class ClassifierWithLoss(nn.Module):
 
     def forward(
         self, ids_BT: Tensor, mask_BT: Tensor, labels_B: Tensor, teacher_BC: Tensor | None, rows_B: np.ndarray,
-        stage: StageConfig, divisors: dict[str, float],
+        objective: Objective, divisors: dict[str, float],
     ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
         """The loss of these texts, as a share of the whole step's, and the terms' sums."""
         with self.recall.spoken(self.recall.batch(rows_B)) if self.recall else nullcontext():
             logits_BC = cast(Any, self.student)(input_ids=ids_BT, attention_mask=mask_BT).logits.float()
-        sums = objective_sums(stage, logits_BC, labels_B, teacher_BC)
-        loss = torch.stack([stage.weights[term] * value / divisors[term] for term, value in sums.items()]).sum()
+        sums = objective_sums(objective, logits_BC, labels_B, teacher_BC)
+        loss = torch.stack([objective.weights[term] * value / divisors[term] for term, value in sums.items()]).sum()
         return loss, {term: value.detach() for term, value in sums.items()}
 
 
@@ -143,18 +143,19 @@ class ClassifierTraining(Loop):
         # Dropout's random numbers follow from seed, step and process: nothing to save, nothing to restore.
         torch.manual_seed(((self.recipe.run.seed * 1_000_003 + step) * 4_096 + accelerator.process_index) % 2**63)
         model.train()
-        divisors = {term: self.divisor(step, term) for term in stage.weights}
+        objective = Objective.of(stage, self.share(stage))
+        divisors = {term: self.divisor(step, term) for term in objective.weights}
         sums: dict[str, Tensor] = {}
         micro_batches = list(self._micro_batches(step))
         for number, rows_B in enumerate(micro_batches):
             last = number == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                loss, parts = model(*self._inputs(rows_B), rows_B, stage, divisors)
+                loss, parts = model(*self._inputs(rows_B), rows_B, objective, divisors)
                 accelerator.backward(loss * accelerator.num_processes)  # DDP averages over processes: undo that
             for term, value in parts.items():
                 sums[term] = sums.get(term, torch.zeros((), device=value.device)) + value
         read = lambda: f"texts {[int(row) for rows_B in micro_batches for row in rows_B]}"  # noqa: E731
-        return sums, self.update(model, optimizer, sums, read), Spent()
+        return sums, self.update(model, optimizer, sums, read), Spent(), objective.weights
 
     def _inputs(self, rows_B: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Ids, mask, labels and teacher's logits of some texts."""

@@ -16,7 +16,7 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 
 class UserError(Exception):
@@ -61,6 +61,34 @@ class Length(Section):
         return self
 
 
+class Ramp(Section):
+    """A number that changes over a stage, as a function of the share of the stage that is over: `{from: 4, to: 1}`."""
+
+    start: Annotated[float, Field(alias="from", ge=0, allow_inf_nan=False)]
+    """Value when the stage begins."""
+    end: Annotated[float, Field(alias="to", ge=0, allow_inf_nan=False)]
+    """Value when it ends."""
+    shape: Literal["linear", "cosine"] = "linear"
+    """`linear`: in a straight line. `cosine`: along half a cosine, level at both ends."""
+
+    @model_validator(mode="after")
+    def _not_always_zero(self) -> Self:
+        if self.start == self.end == 0:
+            raise ValueError("expected from or to above 0, found 0 for both")
+        return self
+
+
+def _number_or_ramp(value: Any) -> str:
+    return RAMP_TAG if isinstance(value, dict | Ramp) else NUMBER_TAG
+
+
+# With tags, so that a wrong value is reported as the one or the other, not as both; `distill/recipe.py` hides them.
+NUMBER_TAG, RAMP_TAG = "(number)", "(ramp)"
+MaybeRamp = Annotated[
+    Annotated[PositiveFloat, Tag(NUMBER_TAG)] | Annotated[Ramp, Tag(RAMP_TAG)], Discriminator(_number_or_ramp)
+]
+
+
 class RunConfig(Section):
     """The run itself: name, seed, place, precision and the shape of a batch."""
 
@@ -86,8 +114,11 @@ class RunConfig(Section):
     """CPU threads per process. Default: the cores that this job may use, shared by its processes on the machine."""
 
 
-class TeacherConfig(Section):
-    """The pretrained Transformer that is imitated. It is frozen."""
+class OtherTeacherConfig(Section):
+    """One more teacher, of the same vocabulary. The target distribution is then the weighted arithmetic mean of all
+    teachers' softmaxes at the stage's temperature. The first, `teacher`, remains what gives tokenizer, transplant and
+    hidden states, and what validation compares to. Live with `targets.signal` hidden, top_k or sampled; in a cache with
+    the last two."""
 
     model: str
     """Hub id, local folder, path of a `.gguf` file, or `package:DISTRIBUTION/PATH` for a packaged file."""
@@ -101,6 +132,13 @@ class TeacherConfig(Section):
     """As in transformers: `sdpa`, `eager`, `flash_attention_2`, ... Default: transformers' choice."""
     trust_remote_code: bool = False
     """Run code that the teacher's repository brings along. Pin `revision` if you do."""
+    weight: PositiveFloat = 1.0
+    """Weight among several teachers; they are divided by their sum."""
+
+
+class TeacherConfig(OtherTeacherConfig):
+    """The pretrained Transformer that is imitated. It is frozen."""
+
     context: Annotated[int, Field(ge=0)] = 64
     """Minimum left context in tokens: the teacher reads this many tokens before each block, so that every target
     has at least this much history (or all of its document). Costs `context / block_length` of extra work."""
@@ -356,9 +394,19 @@ class TargetsConfig(Section):
 
 
 Term = Literal[
-    "cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse", "layer_mse", "logit_mse"
+    "cross_entropy",
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "total_variation",
+    "hidden_mse",
+    "layer_mse",
+    "logit_mse",
 ]
 HIDDEN_TERMS = {"hidden_mse", "layer_mse"}
+TokenWeights = Literal["none", "teacher_entropy", "teacher_confidence", "student_entropy"]
 
 
 class StageConfig(Section):
@@ -367,13 +415,15 @@ class StageConfig(Section):
 
     name: str | None = None
     """Name in logs and curves. Default: the objective's terms."""
-    objective: dict[Term, PositiveFloat]
-    """Terms and weights, for example `{forward_kl: 0.9, cross_entropy: 0.1}`; a single name means weight 1.
-    `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the generalised
-    Jensen-Shannon divergence, `hidden_mse` the squared distance of the student's output to the teacher's final
-    hidden state, in the stage's `metric`; `layer_mse` that of block i of the student's N, through a learned
-    projection, to the normalised state of the teacher's layer i L / N of L, asked of the live teacher. `logit_mse`, of
-    classifiers alone, is the mean squared error of the logits; their `cross_entropy` is of texts that have a label."""
+    objective: dict[Term, MaybeRamp]
+    """Terms and weights, for example `{forward_kl: 0.9, cross_entropy: 0.1}`; a single name means weight 1, and a
+    weight may be a ramp. `forward_kl` is KL(teacher || student), `reverse_kl` KL(student || teacher), `jsd` the
+    generalised Jensen-Shannon divergence, `skewed_forward_kl` and `skewed_reverse_kl` those KL with a share of the
+    first in the second (`skew`), `total_variation` half the sum of absolute differences; formulas are in
+    docs/objectives.md. `hidden_mse` is the squared distance of the student's output to the teacher's final hidden
+    state, in the stage's `metric`; `layer_mse` that of block i of the student's N, through a learned projection, to the
+    normalised state of the teacher's layer i L / N of L, asked of the live teacher. `logit_mse`, of classifiers alone,
+    is the mean squared error of the logits; their `cross_entropy` is of texts that have a label."""
     length: Length
     """How long the stage lasts."""
     metric: Literal["identity", "gram", "fisher"] = "identity"
@@ -386,10 +436,19 @@ class StageConfig(Section):
     """Take the terms of the logits over a part of the vocabulary, drawn anew for each step: so many tokens that are
     the most frequent in the text, the step's labels, and half as many others that stand for the rest. Cheaper,
     and an estimate; null for the whole vocabulary. For hidden and dense targets at temperature 1."""
-    temperature: PositiveFloat = 1.0
-    """Softmax temperature of both sides; divergences are multiplied by its square."""
+    temperature: MaybeRamp = 1.0
+    """Softmax temperature of both sides, or a ramp; divergences are multiplied by its square."""
     jsd_beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Weight of the teacher in the mixture of `jsd`."""
+    skew: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share a in the mixtures of the skewed divergences: KL(teacher || a teacher + (1 - a) student), and
+    KL(student || (1 - a) teacher + a student) (DistiLLM, arXiv 2402.03898)."""
+    token_weights: TokenWeights = "none"
+    """Weight of each token in the terms of the logits, divided by its mean over the step's tokens; no gradient flows
+    through it. All distributions are at the stage's temperature. `teacher_entropy`: the entropy of the teacher's, so
+    that open continuations count more (arXiv 2311.13621). `teacher_confidence`: its largest probability, so that what
+    it is sure of counts more (after arXiv 2201.00007). `student_entropy`: the entropy of the student's (arXiv
+    2109.11295)."""
     learning_rate: PositiveFloat = 2e-3
     """Peak learning rate."""
     schedule: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
@@ -424,13 +483,20 @@ class StageConfig(Section):
 
     @field_validator("objective")
     @classmethod
-    def _not_empty(cls, value: dict[str, float]) -> dict[str, float]:
+    def _not_empty(cls, value: dict[str, float | Ramp]) -> dict[str, float | Ramp]:
         if not value:
             raise ValueError(f"name at least one of {', '.join(typing.get_args(Term))}")
         return value
 
+    @field_validator("temperature")
+    @classmethod
+    def _above_zero(cls, value: float | Ramp) -> float | Ramp:
+        if isinstance(value, Ramp) and min(value.start, value.end) == 0:
+            raise ValueError("expected from and to above 0")
+        return value
+
     @model_validator(mode="after")
-    def _something_to_train(self) -> Self:
+    def _consistent(self) -> Self:
         if self.freeze >= {"embedding", "head", "body"}:
             raise ValueError("freeze leaves nothing to train")
         if self.student_written and not self.needs_teacher:
@@ -444,6 +510,16 @@ class StageConfig(Section):
         given = [name for name in fields if getattr(self, name) != type(self).model_fields[name].default]
         if given and not self.student_written:
             raise ValueError(f"{', '.join(given)}: only with student_written")
+        if self.token_weights != "none" and self.hidden_terms:
+            raise ValueError(
+                f"token_weights: for the terms of the logits, found {', '.join(self.hidden_terms)} beside them, which "
+                "would not be weighted; give these a stage of their own"
+            )
+        if self.token_weights != "none" and self.candidates is not None:
+            raise ValueError(
+                f"token_weights: {self.token_weights} is of the whole vocabulary, found candidates {self.candidates}; "
+                "remove one"
+            )
         return self
 
     @property
@@ -451,13 +527,8 @@ class StageConfig(Section):
         return self.name or "+".join(self.objective)
 
     @property
-    def weights(self) -> dict[str, float]:
-        """The objective's terms with their weights."""
-        return {str(term): weight for term, weight in self.objective.items()}
-
-    @property
     def needs_teacher(self) -> bool:
-        return set(self.objective) != {"cross_entropy"}
+        return set(self.objective) != {"cross_entropy"} or self.token_weights.startswith("teacher")
 
     @property
     def hidden_terms(self) -> list[str]:
@@ -536,7 +607,7 @@ class AugmentationConfig(Section):
 
 
 # What a recipe with `classification` may set; what else there is, is for language models.
-CLASSIFIER_TERMS = {"cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "logit_mse"}
+CLASSIFIER_TERMS = set(typing.get_args(Term)) - HIDDEN_TERMS
 CLASSIFIER_FIELDS: dict[str, set[str] | None] = {
     "teacher": {"model", "revision", "dtype", "attn_implementation", "trust_remote_code"},
     "student": {
@@ -548,7 +619,7 @@ CLASSIFIER_FIELDS: dict[str, set[str] | None] = {
         *("validation_fraction", "test_fraction"),
     },
     "stages": {
-        *("name", "objective", "length", "temperature", "jsd_beta", "learning_rate", "schedule", "warmup"),
+        *("name", "objective", "length", "temperature", "jsd_beta", "skew", "learning_rate", "schedule", "warmup"),
         *("final_learning_rate", "optimizer", "betas", "weight_decay", "freeze"),
     },
     "control": {"enabled", "match", "learning_rate", "schedule", "warmup", "optimizer"},
@@ -639,6 +710,7 @@ class Recipe(Section):
 
     run: RunConfig
     teacher: TeacherConfig
+    other_teachers: tuple[OtherTeacherConfig, ...] = ()
     endpoint: EndpointConfig | None = None
     student: StudentConfig = StudentConfig()
     corpus: CorpusConfig
@@ -685,6 +757,8 @@ class Recipe(Section):
         if self.endpoint:
             problems += self._against_endpoint(self.endpoint)
         problems += self._against_writing()
+        if self.other_teachers:
+            problems += self._against_other_teachers()
         for number, stage in enumerate(self.stages):
             where = f"stages.{number}"
             if self.student.tie_embeddings and len(stage.freeze & {"embedding", "head"}) == 1:
@@ -706,21 +780,30 @@ class Recipe(Section):
                     f"{where}.objective: {', '.join(sorted(biased))} would be biased with "
                     "targets.signal sampled, which serves forward_kl and cross_entropy"
                 )
+            if kind == "sampled" and stage.token_weights == "teacher_confidence":
+                problems.append(
+                    f"{where}.token_weights: teacher_confidence needs the teacher's largest probability, which "
+                    "targets.signal sampled need not hold; choose teacher_entropy, or another signal"
+                )
             if kind in ("top_k", "sampled") and stage.needs_teacher and stage.temperature != self.targets.temperature:
                 problems.append(
-                    f"{where}.temperature: {stage.temperature}, but targets.temperature is "
+                    f"{where}.temperature: {_shown(stage.temperature)}, but targets.temperature is "
                     f"{self.targets.temperature}; {kind} targets are taken at one temperature"
                 )
             if stage.candidates is not None and terms <= HIDDEN_TERMS:
                 problems.append(f"{where}.candidates: {', '.join(sorted(terms))} needs no logits; remove it")
             if stage.candidates is not None and stage.temperature != 1:
-                problems.append(f"{where}.candidates: expected temperature 1, found {stage.temperature}")
+                problems.append(f"{where}.candidates: expected temperature 1, found {_shown(stage.temperature)}")
             if stage.candidates is not None and kind in ("top_k", "sampled") and stage.needs_teacher:
                 problems.append(f"{where}.candidates: expected targets.signal hidden or dense, found {kind}")
             if stage.metric != "identity" and "hidden_mse" not in terms:
                 problems.append(f"{where}.metric: {stage.metric} is for hidden_mse, which the objective does not have")
             if stage.student_written:
                 problems += self._against_student_written(stage, where)
+            if stage.token_weights != "none" and (penalties := self.student.penalties):
+                problems.append(
+                    f"{where}.token_weights: would weigh student.{', '.join(penalties)} as well; remove one of the two"
+                )
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -812,10 +895,28 @@ class Recipe(Section):
             )
         return problems
 
+    def _against_other_teachers(self) -> list[str]:
+        """What several teachers cannot serve."""
+        targets, problems = self.targets, []
+        if self.endpoint:
+            problems.append("other_teachers: an endpoint answers for one teacher; remove one of the two")
+        if targets.kind == "dense":
+            problems.append("targets.signal: dense holds the logits of one teacher; with other_teachers take another")
+        if targets.kind == "hidden" and targets.cache:
+            problems.append(
+                "targets.signal: hidden states in a cache are of one teacher; with other_teachers and targets.cache "
+                "take top_k or sampled"
+            )
+        return problems
+
     @property
     def folder(self) -> Path:
         """The run folder."""
         return self.run.output_dir / self.run.name
+
+
+def _shown(value: float | Ramp) -> str:
+    return f"a ramp from {value.start} to {value.end}" if isinstance(value, Ramp) else str(value)
 
 
 def section_of(annotation: Any) -> type[Section] | None:

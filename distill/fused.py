@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from distill import losses
 from distill.candidates import Candidates
 from distill.objective import Objective
-from distill.signals import DenseSignal, HiddenSignal, Signal, SparseSignal
+from distill.signals import DenseSignal, HiddenSignal, MixedSignal, Signal, SparseSignal
 from distill.student import LSTMCache, LSTMForCausalLM, State
 
 
@@ -66,7 +66,8 @@ class StudentWithLoss(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor], State]:
         """Weighted loss sum in nats (with gradient), sums of terms and penalties (without), and the carried state.
 
-        With `candidates` the terms of the logits are taken over these instead of the whole vocabulary.
+        With weights of tokens their sum is among the sums, and all of it is still to be divided by their mean. With
+        `candidates` the terms of the logits are taken over these instead of the whole vocabulary.
         """
         carried = LSTMCache(*state) if state is not None else LSTMCache()
         states_BTH: list[Tensor] = []
@@ -91,15 +92,16 @@ class StudentWithLoss(nn.Module):
                 labels_N = candidates.places(labels_N)
                 teacher = candidates.signal(signal) if objective.needs_teacher_logits else None
             loss, *parts = _ChunkedHeadLoss.apply(z_Nd, weight_Vd, bias_V, labels_N, teacher, objective)
-            sums.update(zip(objective.logit_terms, parts, strict=True))
+            sums.update(zip(objective.sum_names, parts, strict=True))
+        states = signal.parts[0] if isinstance(signal, MixedSignal) else signal
         if "hidden_mse" in objective.weights:
-            assert isinstance(signal, HiddenSignal), "the job checks that hidden states are at hand"
-            hidden_Nd, metric = signal.hidden_Nd.to(z_Nd.device), objective.metric
+            assert isinstance(states, HiddenSignal), "the job checks that hidden states are at hand"
+            hidden_Nd, metric = states.hidden_Nd.to(z_Nd.device), objective.metric
             sums["hidden_mse"] = metric(z_Nd, hidden_Nd) if metric else losses.hidden_mse(z_Nd, hidden_Nd)
             loss = loss + objective.weights["hidden_mse"] * sums["hidden_mse"]
         if "layer_mse" in objective.weights:
-            assert isinstance(signal, HiddenSignal), "the job checks that hidden states are at hand"
-            pairs = zip(self.layer_projections, states_BTH, signal.layers, strict=True)
+            assert isinstance(states, HiddenSignal), "the job checks that hidden states are at hand"
+            pairs = zip(self.layer_projections, states_BTH, states.layers, strict=True)
             distances = [
                 losses.layer_mse(project(state_BTH.flatten(0, 1)), layer_Nd.to(z_Nd.device))
                 for project, state_BTH, layer_Nd in pairs
@@ -126,8 +128,11 @@ class StudentWithLoss(nn.Module):
 class _TeacherRows:
     """The teacher's side of a few tokens after the other; the logits of hidden states are made `chunk` at a time."""
 
-    def __init__(self, signal: Signal, chunk: int) -> None:
-        self.signal, self.chunk = signal, chunk
+    def __init__(self, signal: Signal, chunk: int, temperature: float) -> None:
+        """`temperature`: at which several teachers are mixed."""
+        self.signal, self.chunk, self.temperature = signal, chunk, temperature
+        parts = signal.parts if isinstance(signal, MixedSignal) else ()
+        self.parts = [_TeacherRows(part, chunk, temperature) for part in parts]
         self.made = slice(0, 0)
         self.product_CV: Tensor | None = None
 
@@ -137,6 +142,14 @@ class _TeacherRows:
             return signal.rows(rows, device)
         if isinstance(signal, DenseSignal):
             return signal.logits_NV[rows].to(device)
+        if isinstance(signal, MixedSignal):
+            return signal.mix([part.logits(rows, device) for part in self.parts], self.temperature)
+        return self.logits(rows, device)
+
+    def logits(self, rows: slice, device: torch.device) -> Tensor:
+        """Of hidden states."""
+        signal = self.signal
+        assert isinstance(signal, HiddenSignal)
         if rows.stop > self.made.stop:
             self.made = slice(rows.start, rows.start + self.chunk)
             hidden_Cd = signal.hidden_Nd[self.made]
@@ -170,7 +183,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         chunk, teacher_chunk, part, tile = chunk_sizes(device, V, compute.itemsize)
         chunk = math.ceil(N / math.ceil(N / chunk))  # all of about the same size
         tiles = [slice(start, min(start + tile, V)) for start in range(0, V, tile)]
-        teacher = _TeacherRows(signal, teacher_chunk) if signal and objective.needs_teacher_logits else None
+        asked = signal if objective.needs_teacher_logits else None
+        teacher = _TeacherRows(asked, teacher_chunk, objective.temperature) if asked else None
         with torch.autocast(device, enabled=False):
             grad_z = torch.empty_like(z_Nd) if need_z else None
             grad_weight = torch.empty_like(weight_Vd, dtype=torch.float32) if need_weight else None
@@ -211,7 +225,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                         product_vd = torch.mm(logits_cV[:, columns].t(), z_cd, out=tile_vd[: len(grad_vd)])
                         grad_vd.copy_(product_vd) if start == 0 else grad_vd.add_(product_vd)
         ctx.gradients = (grad_z, grad_weight, grad_bias)
-        loss = torch.stack([objective.weights[name] * value for name, value in totals.items()]).sum()
+        loss = torch.stack([weight * totals[name] for name, weight in objective.logit_terms.items()]).sum()
         parts = tuple(totals.values())
         ctx.mark_non_differentiable(*parts)
         return loss, *parts

@@ -59,10 +59,14 @@ def stage(
 
     `report` is a folder of eval.report, whose table and picture of quality against speed go into the card.
     """
-    license_id = license_id or teacher_license(recipe.teacher.model, recipe.teacher.revision)
+    teachers = (recipe.teacher, *recipe.other_teachers)
+    if license_id is None:
+        licenses = {teacher_license(teacher.model, teacher.revision) for teacher in teachers}
+        license_id = licenses.pop() if len(licenses) == 1 else None
     if license_id is None:
         raise UserError(
-            f"teacher {recipe.teacher.model}: its licence is not known, and the student carries it. Look it up, then "
+            f"teacher {' + '.join(teacher.model for teacher in teachers)}: its licence is not known, or that of one is "
+            "not that of another, and the student carries it. Look it up, then "
             f"python -m distill.hub {recipe.folder} {repo} --license apache-2.0 (or what it is)"
         )
     pictures = [recipe.folder / "curves.png"]

@@ -25,6 +25,7 @@ from accelerate.utils import set_seed
 from distill.classification import ClassificationJob
 from distill.config import CorpusConfig, Recipe, UserError
 from distill.corpus import Blocks, Corpus, Split, lane_order, load_corpus
+from distill.ensemble import load_teachers
 from distill.loop import control_stage
 from distill.metrics import Documents, Reference, Score, build_reference, reading_window, score, score_reference
 from distill.progress import timed
@@ -32,10 +33,11 @@ from distill.result import check_files, compare, print_result, read_result, vers
 from distill.run_folder import claim_folder, claim_inputs, publish_once, write_result
 from distill.samples import continuations, decode_speed
 from distill.sharding import requested_engine
+from distill.stages import check_stages
 from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
 from distill.targets import CachedTargets, LiveTargets, Targets, cached_blocks, make_encoding, open_targets
-from distill.teacher import LanguageModel, hardware_has_bf16, load_teacher, resolve_model, wrap
+from distill.teacher import LanguageModel, hardware_has_bf16, resolve_model, wrap
 from distill.tracking import Tracker
 from distill.train import Training, micro_batch_size
 from distill.transplant import build_student
@@ -79,14 +81,16 @@ class _Job:
         with timed(self.wall_seconds, "teacher_and_text"):
             parts = TeacherAndText(recipe, self.accelerator)
             teacher, corpus = parts.teacher, parts.corpus  # over the student's vocabulary
-            weights = parts.whole_teacher.weights_hash  # by all processes, where it is spread over them
+            weights = parts.whole_teachers.weights_hash  # by all processes, where a teacher is spread over them
             if self.accelerator.is_main_process:
                 claim_inputs(
                     recipe.folder, parts.whole_corpus.fingerprint, str(parts.whole_teacher.model.dtype), weights
                 )
+            lanes, seed = recipe.run.batch_size, recipe.run.seed
+            lane_order(len(parts.cached_blocks), lanes, epoch=0, seed=seed)  # UserError, before targets, if too short
             if parts.written and recipe.control.enabled and isinstance(parts.text_without_written, Blocks):
                 # UserError where the control would have too little text
-                lane_order(len(parts.text_without_written), recipe.run.batch_size, epoch=0, seed=recipe.run.seed)
+                lane_order(len(parts.text_without_written), lanes, epoch=0, seed=seed)
         with timed(self.wall_seconds, "teacher_validation"):
             validator = Validator(recipe, corpus, teacher, self.accelerator)
         with timed(self.wall_seconds, "targets"):
@@ -161,6 +165,8 @@ class _Job:
             result["targets"] |= {"seconds": targets.seconds, "bytes_per_token": targets.bytes_per_token}
         if recipe.endpoint:
             result["targets"]["served"] = recipe.endpoint.model
+        if recipe.other_teachers:
+            result["targets"]["teachers"] = parts.teachers.name
         if recipe.control.enabled:
             result["control"]["tokens_trained"] = control_progress.now.tokens
             result["control"]["train_seconds"] = control_progress.now.seconds
@@ -208,8 +214,8 @@ class TeacherAndText:
             with accelerator.main_process_first():
                 resolve_model(recipe.teacher.model, "teacher")
         with nullcontext() if sharded else accelerator.main_process_first():
-            self.teacher = load_teacher(recipe.teacher, accelerator.device)
-            self.teacher.check_window(
+            self.teachers = load_teachers(recipe, accelerator.device)
+            self.teachers.check_window(
                 recipe.teacher.context + recipe.corpus.block_length, packed=recipe.corpus.reset_at_documents
             )
         self.written: WrittenText | None = None
@@ -217,10 +223,11 @@ class TeacherAndText:
             prompts = self._load(recipe.corpus) if recipe.corpus.source else None
             self.written = write_text(recipe, self.teacher, prompts, accelerator)
         self.corpus = self._corpus()
-        self.whole_teacher, self.whole_corpus = self.teacher, self.corpus
+        self.whole_teachers, self.whole_teacher, self.whole_corpus = self.teachers, self.teacher, self.corpus
         self.vocabulary: dict[str, int] = {}  # what was kept and cut, if anything
         if recipe.student.vocabulary_min_count is not None:
             self._trim_vocabulary(recipe.student.vocabulary_min_count)
+        check_stages(recipe, self.teacher)
         self.encoding = make_encoding(recipe.targets, self.teacher.vocab_size)
         if any("layer_mse" in stage.objective for stage in recipe.stages):
             blocks, depth = recipe.student.num_layers, self.teacher.model.config.get_text_config().num_hidden_layers
@@ -230,6 +237,11 @@ class TeacherAndText:
             self.corpus.train, recipe.corpus.block_length, recipe.teacher.context, recipe.corpus.reset_at_documents
         )
         self.cached_blocks = cached_blocks(self.blocks, recipe.targets.max_tokens)
+
+    @property
+    def teacher(self) -> LanguageModel:
+        """The first teacher, or the only one."""
+        return self.teachers.first
 
     @cached_property
     def text(self) -> Blocks | BlockStream:
@@ -274,7 +286,7 @@ class TeacherAndText:
         whole = self.whole_corpus
         occurrences = whole.train.occurrences(self.teacher.vocab_size)
         trimmed = trim_tokenizer(self.teacher.tokenizer, occurrences, min_count)
-        self.teacher = self.teacher.trimmed(trimmed.tokenizer, trimmed.teacher_ids_V)
+        self.teachers = self.teachers.trimmed(trimmed.tokenizer, trimmed.teacher_ids_V)
         self.corpus = self._corpus()
         self.vocabulary = {"min_count": min_count, **trimmed.counts}
         for side in ("train", "validation", "test"):
@@ -283,13 +295,13 @@ class TeacherAndText:
 
     def targets(self) -> Targets:
         """From the cache or the live teacher, as the recipe says."""
-        return self.cached_targets() if self.recipe.targets.cache else LiveTargets(self.teacher, self.encoding)
+        return self.cached_targets() if self.recipe.targets.cache else LiveTargets(self.teachers, self.encoding)
 
     def cached_targets(self, verify: bool = False) -> CachedTargets:
         """The recipe's cache, built as far as it is missing."""
         return open_targets(
             self.recipe.targets,
-            self.teacher,
+            self.teachers,
             self.corpus,
             self.cached_blocks,
             self.accelerator,

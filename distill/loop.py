@@ -33,7 +33,8 @@ from distill.torch_decoder import load_network
 from distill.tracking import VALIDATION_FIGURES, Tracker
 
 logger = logging.getLogger(__name__)
-Step = tuple[dict[str, Tensor], Tensor, Spent]  # the terms' sums of this process, the gradient norm, and seconds
+# The terms' sums of this process, the gradient norm, seconds, the terms' weights
+Step = tuple[dict[str, Tensor], Tensor, Spent, dict[str, float]]
 
 
 class Loop:
@@ -89,6 +90,10 @@ class Loop:
     def initialise(self) -> None:
         """What is done once, before the first step of all, its time counted."""
 
+    def share(self, stage: StageConfig) -> float:
+        """How much of the stage at hand is over."""
+        return self.progress.now.share(stage.length, self.progress.stage_start)
+
     def restore(self, optimizer: Any, resumed: Path | None) -> None:
         """Put a checkpoint's moments into a stage's optimizer, and its weights into the aids."""
         if resumed is None:
@@ -130,7 +135,7 @@ class Loop:
         with self._bar(stage) as bar:
             while True:
                 now = progress.now
-                share = now.share(stage.length, progress.stage_start)
+                share = self.share(stage)
                 if share >= 1 or self._out_of_patience():
                     break
                 factor = learning_rate_factor(share, stage.schedule, stage.warmup, stage.final_learning_rate)
@@ -138,7 +143,7 @@ class Loop:
                     group["lr"] = stage.learning_rate * factor
                 began = time.perf_counter()
                 logging_step = (now.steps + 1) % self.recipe.tracking.every == 0
-                sums, grad_norm, spent = take_step()
+                sums, grad_norm, spent, weights = take_step()
                 if logging_step and accelerator.device.type == "cuda":
                     torch.cuda.synchronize()  # so that the clock sees the work, not its queue
                 seconds, signum = self._agree(time.perf_counter() - began, stop.signum)
@@ -149,7 +154,7 @@ class Loop:
                 tokens = self.tokens_of_step(now.steps)
                 now.steps, now.tokens, now.seconds = now.steps + 1, now.tokens + tokens, now.seconds + seconds
                 if logging_step:
-                    self._log(stage, sums, grad_norm, seconds, spent, stage.learning_rate * factor)
+                    self._log(weights, sums, grad_norm, seconds, spent, stage.learning_rate * factor)
                 self._advance(bar, stage, sums)
                 if (
                     now.share(self.recipe.evaluation.every, progress.last_validation) >= 1
@@ -264,7 +269,7 @@ class Loop:
 
     def _log(
         self,
-        stage: StageConfig,
+        weights: dict[str, float],
         sums: dict[str, Tensor],
         grad_norm: Tensor,
         seconds: float,
@@ -275,7 +280,7 @@ class Loop:
         total = self.accelerator.reduce(torch.stack([value.float() for value in sums.values()]), "sum")
         step = self.progress.now.steps - 1
         terms = {term: value / self.divisor(step, term) for term, value in zip(sums, total.tolist(), strict=True)}
-        weights = {**stage.weights, **self.recipe.student.penalties}
+        weights = {**weights, **self.recipe.student.penalties}
         values = {
             "loss": sum(weights[term] * value for term, value in terms.items()),
             **{f"loss_{term}": value for term, value in terms.items()},

@@ -58,6 +58,26 @@ def jsd(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0, beta: 
     return temperature**2 * (beta * kl_p + (1 - beta) * kl_q)
 
 
+def skewed_forward_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0, skew: float = 0.1) -> Tensor:
+    """KL(p || skew p + (1 - skew) q): never more than -log(skew) a token, however little the student thinks of it.
+
+    Source: Ko et al. 2024 (DistiLLM), arXiv 2402.03898, section 3.1.
+    """
+    return _kl_to_mixture(teacher_NV, student_NV, temperature, skew)
+
+
+def skewed_reverse_kl(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0, skew: float = 0.1) -> Tensor:
+    """KL(q || (1 - skew) p + skew q), from the same source."""
+    return _kl_to_mixture(student_NV, teacher_NV, temperature, skew)
+
+
+def _kl_to_mixture(first_NV: Tensor, second_NV: Tensor, temperature: float, share: float) -> Tensor:
+    """KL(a || share a + (1 - share) b)."""
+    log_a_NV, log_b_NV = _log_softmax(first_NV, temperature), _log_softmax(second_NV, temperature)
+    log_m_NV = torch.logaddexp(log_a_NV + math.log(share), log_b_NV + math.log1p(-share))
+    return temperature**2 * F.kl_div(log_m_NV, log_a_NV, reduction="sum", log_target=True)
+
+
 def total_variation(student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0) -> Tensor:
     """1/2 sum |p - q|: one minus the acceptance rate of speculative sampling."""
     p_NV, q_NV = _log_softmax(teacher_NV, temperature).exp(), _log_softmax(student_NV, temperature).exp()
@@ -84,6 +104,8 @@ DIVERGENCES: dict[str, Divergence] = {
     "forward_kl": forward_kl,
     "reverse_kl": reverse_kl,
     "jsd": jsd,
+    "skewed_forward_kl": skewed_forward_kl,
+    "skewed_reverse_kl": skewed_reverse_kl,
     "total_variation": total_variation,
 }
 

@@ -124,9 +124,10 @@ def plan(
         }
         for devices, row in rows.items()
     ]
+    sparse = " and targets.signal top_k" if recipe.other_teachers and recipe.targets.kind == "hidden" else ""
     note = (
         f"A pass: {measured.train_tokens:,} tokens of text. Cache: {measured.target_tokens:,} tokens"
-        f"{'' if recipe.targets.cache else ', if targets.cache were true'}. Of several devices each is "
+        f"{'' if recipe.targets.cache else f', if targets.cache were true{sparse}'}. Of several devices each is "
         f"{efficiency:.0%} as fast as this one. Of the memory, {measured.teacher_bytes / 2**30:.2f} GiB are the "
         f"teacher's weights, {measured.student_bytes / 2**30:.2f} GiB student, gradients and optimizer."
     )
@@ -189,10 +190,19 @@ def measure(
     lanes, length = recipe.run.batch_size, recipe.corpus.block_length
     sample = parts.cached_blocks.first(max(lanes if recipe.targets.cache else 1, math.ceil(SAMPLE_TOKENS / length)))
     config = recipe.targets.model_copy(update={"cache": True, "cache_dir": str(folder / "cache"), "repo": None})
+    if recipe.other_teachers and config.kind == "hidden":
+        # What a cache could hold of several teachers.
+        config = config.model_copy(update={"signal": "top_k", "k": min(config.k, teacher.vocab_size)})
     cached = open_targets(
-        config, teacher, corpus, sample, accelerator, batch_tokens=evaluation.batch_tokens, endpoint=recipe.endpoint
+        config,
+        parts.teachers,
+        corpus,
+        sample,
+        accelerator,
+        batch_tokens=evaluation.batch_tokens,
+        endpoint=recipe.endpoint,
     )
-    targets: Targets = cached if recipe.targets.cache else LiveTargets(teacher, parts.encoding)
+    targets: Targets = cached if recipe.targets.cache else LiveTargets(parts.teachers, parts.encoding)
     blocks = sample if recipe.targets.cache else parts.cached_blocks
 
     shared: dict[str, Any] = {
@@ -248,7 +258,7 @@ def measure(
         target_tokens=_limited(tokens or len(parts.blocks) * length, recipe.targets.max_tokens),
         train_tokens=tokens or len(parts.blocks) * length,
         tokens_per_step=training.tokens_per_step,
-        teacher_bytes=teacher.weight_bytes,
+        teacher_bytes=parts.teachers.weight_bytes,
         student_bytes=_training_bytes(student),
         peak_bytes=_peak_bytes(),
         writing=parts.written.figures()["seconds"] if parts.written else 0.0,

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import ValidationError
 
-from distill.config import Length, Recipe, UserError, section_of
+from distill.config import NUMBER_TAG, RAMP_TAG, Length, Ramp, Recipe, UserError, section_of
 from distill.redact import redact
 
 MOST_VALUES, MOST_LEVELS = 100_000, 50  # of a recipe: a few lines of nested anchors can stand for billions
@@ -135,7 +135,7 @@ def _explain(error: ValidationError, source: str) -> str:
     """All problems of a recipe, one a line: field, value, constraint."""
     lines = []
     for problem in error.errors():
-        where = ".".join(str(part) for part in problem["loc"])
+        where = ".".join(str(part) for part in problem["loc"] if part not in (NUMBER_TAG, RAMP_TAG))
         if problem["type"] == "extra_forbidden":
             known = _fields_at(problem["loc"][:-1])
             near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
@@ -154,6 +154,8 @@ def _explain(error: ValidationError, source: str) -> str:
 
 def _fields_at(loc: tuple[int | str, ...]) -> list[str]:
     """Names of the fields a section at this place of the recipe has."""
+    if RAMP_TAG in loc:
+        return [field.alias or name for name, field in Ramp.model_fields.items()]
     model: Any = Recipe
     for part in loc:
         if isinstance(part, int):
@@ -174,7 +176,7 @@ def _flatten(annotation: Any) -> list[Any]:
 
 def dump_recipe(recipe: Recipe) -> str:
     """The resolved recipe as YAML; `load_recipe` of it gives an equal recipe."""
-    data = recipe.model_dump(mode="json")
+    data = recipe.model_dump(mode="json", by_alias=True)
     for stage in data["stages"]:
         stage["freeze"] = sorted(stage["freeze"])
     for holder in filter(None, (data["run"], data["evaluation"], data["fine_tuning"], *data["stages"])):

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from distill.config import Length, Recipe, Section, section_of
+from distill.config import Length, Ramp, Recipe, Section, section_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +29,7 @@ def sections() -> Iterator[tuple[str, type[Section]]]:
     for name, field in Recipe.model_fields.items():
         for leaf in _leaves(field.annotation):
             if section_of(leaf):
-                yield (f"{name}.N" if name == "stages" else name), leaf
+                yield (f"{name}.N" if typing.get_origin(field.annotation) is tuple else name), leaf
 
 
 def fields_as_text() -> str:
@@ -48,7 +48,8 @@ def fields_as_markdown() -> str:
         "# The recipe, field by field\n",
         "Made from `distill/config.py` by `make docs`; do not edit by hand. A recipe is a YAML file with the sections"
         " below; `KEY=VALUE` words on the command line override fields by dotted path. A *length* is exactly one of"
-        f" {', '.join(f'`{name}`' for name in Length.model_fields)}, for example `{{steps: 100}}`.\n",
+        f" {', '.join(f'`{name}`' for name in Length.model_fields)}, for example `{{steps: 100}}`; a *ramp* is a number"
+        " that changes over a stage, for example `{from: 4, to: 1}`.\n",
         "For completion and checks in an editor, begin a recipe with"
         " `# yaml-language-server: $schema=schema.json` (the path from the recipe to `recipes/schema.json`).\n",
     ]
@@ -61,6 +62,10 @@ def fields_as_markdown() -> str:
         parts.append("")
     parts.append(f"## lengths\n\n{_text(Length.__doc__)}\n\n| field | meaning |\n|---|---|")
     parts += [_row(f"`{name}`", _text(field.description)) for name, field in Length.model_fields.items()]
+    parts.append(f"\n## ramps\n\n{_text(Ramp.__doc__)}\n\n| field | type | default | meaning |\n|---|---|---|---|")
+    for name, field in Ramp.model_fields.items():
+        kind, default = _type(field.annotation, field), _default(field, code=True)
+        parts.append(_row(f"`{field.alias or name}`", kind, default, _text(field.description)))
     return "\n".join(parts) + "\n"
 
 
@@ -144,8 +149,8 @@ def _type(annotation: Any, field: FieldInfo | None = None) -> str:
         text = f"list of {_type(arguments[0])}"
     elif origin is dict:
         text = f"mapping of {_type(arguments[0])} to {_type(arguments[1])}"
-    elif annotation is Length:
-        text = "length"
+    elif annotation in (Length, Ramp):
+        text = annotation.__name__.lower()
     else:
         text = {str: "text", int: "integer", float: "number", bool: "true | false", Path: "path"}.get(
             annotation, getattr(annotation, "__name__", str(annotation))

@@ -290,6 +290,8 @@ def print_result(result: dict[str, Any], folder: Path, console: Console | None =
     print_table(title, table_rows(result), console=console)
     if served := result["targets"].get("served"):
         console.print(f"Soft targets of {served}, served. Teacher, KL and top-1 in the table are of the local teacher.")
+    if teachers := result["targets"].get("teachers"):
+        console.print(f"Soft targets of {teachers}, averaged. Teacher, KL and top-1 in the table are of the first.")
     for sample in result["samples"]:
         for kind in ("greedy", "sampled"):
             prompt, text = escape(sample["prompt"]), escape(" ".join(sample[kind].split()))

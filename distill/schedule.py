@@ -1,4 +1,4 @@
-"""Learning rate as a function of a stage's progress.
+"""Learning rate, and whatever else changes over a stage, as a function of the stage's progress.
 
 Progress is the share of the stage that is done, in [0, 1), whatever unit its length has; so the same
 schedule serves stages in steps, tokens and minutes.
@@ -32,3 +32,16 @@ def learning_rate_factor(progress: float, schedule: str, warmup: float, final: f
         case _:
             raise ValueError(f"unknown schedule {schedule!r}")
     return 1 - (1 - final) * down
+
+
+def ramp(start: float, end: float, progress: float, shape: str) -> float:
+    """From `start` to `end`: in a straight line, or along half a cosine, which is level at both ends."""
+    progress = min(progress, 1.0)
+    match shape:
+        case "linear":
+            passed = progress
+        case "cosine":
+            passed = 0.5 * (1 - math.cos(math.pi * progress))
+        case _:
+            raise ValueError(f"unknown shape {shape!r}")
+    return start + (end - start) * passed

@@ -1,15 +1,16 @@
 """The typed soft targets: in what form the teacher's knowledge reaches the loss.
 
 Three forms. *Dense*: all logits. *Hidden*: the teacher's final hidden state, from which the same logits follow
-through its head for d numbers a token. *Sparse*: a few outcomes with their probabilities, of two kinds that
-`SparseSignal` tells apart by its tail. An `Encoding` makes any of them from hidden states; a loss does not know
-whether a signal comes from a live teacher or from `distill/cache.py`.
+through its head for d numbers a token; *mixed*: those of several teachers. *Sparse*: a few outcomes with their
+probabilities, of two kinds that `SparseSignal` tells apart by its tail. An `Encoding` makes any of them from hidden
+states; a loss does not know whether a signal comes from a live teacher or from `distill/cache.py`.
 
 Legend: N tokens, V vocabulary, d width of the teacher, K outcomes a token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,7 +114,28 @@ class SparseSignal:
         return SparseSignal(ids_NK, probs_NK, self.temperature, tail_N, entropy_N)
 
 
-Signal = DenseSignal | HiddenSignal | SparseSignal
+@dataclass(frozen=True)
+class MixedSignal:
+    """States of several teachers, the first one's first: p is the mean of their softmaxes with `weights` that sum to 1.
+
+    An arithmetic mean of distributions at the temperature at which they are used (arXiv 1503.02531, section 1).
+    """
+
+    parts: tuple[HiddenSignal, ...]
+    weights: tuple[float, ...]
+
+    def mix(self, logits: Sequence[Tensor], temperature: float) -> Tensor:
+        """From the logits (N, V) of each, such logits that their softmax at the temperature is p."""
+        log_p_NV: Tensor | None = None
+        for logits_NV, weight in zip(logits, self.weights, strict=True):
+            # Teachers may be on different devices.
+            part_NV = torch.log_softmax(logits_NV.to(logits[0].device) / temperature, -1) + math.log(weight)
+            log_p_NV = part_NV if log_p_NV is None else torch.logaddexp(log_p_NV, part_NV)
+        assert log_p_NV is not None, "there is at least one teacher"
+        return log_p_NV.mul_(temperature)
+
+
+Signal = DenseSignal | HiddenSignal | SparseSignal | MixedSignal
 
 
 @dataclass(frozen=True)
@@ -130,19 +152,25 @@ class Encoding:
     seed: int = 0
     layers: tuple[int, ...] = ()
 
-    def signal(self, hidden_Nd: Tensor, head: Head, block_ids: Sequence[int]) -> Signal:
+    def signal(self, states: HiddenSignal | MixedSignal, block_ids: Sequence[int]) -> Signal:
         """The signal of N = len(block_ids) * T tokens; what is drawn at random follows from each block's number."""
         if self.kind == "hidden":
-            return HiddenSignal(hidden_Nd, head)
+            return states
         if self.kind == "dense":
-            return DenseSignal(head.logits(hidden_Nd))
+            assert isinstance(states, HiddenSignal), "the recipe asks for no logits of several teachers"
+            return DenseSignal(states.logits(slice(None)))
+        teachers = states.parts if isinstance(states, MixedSignal) else (states,)
+        hidden_Nd = teachers[0].hidden_Nd
         block_length = len(hidden_Nd) // len(block_ids)
         offsets_N = torch.cat([self._offsets(block, block_length) for block in block_ids]).to(hidden_Nd.device)
         size = CACHE_ROWS if hidden_Nd.device.type == "cpu" else ENCODING_ROWS
         parts = []
-        for chunk_Nd, chunk_N in zip(hidden_Nd.split(ENCODING_ROWS), offsets_N.split(ENCODING_ROWS), strict=True):
-            for product_NV, rows_N in zip(head.product(chunk_Nd).split(size), chunk_N.split(size), strict=True):
-                logits_NV = head.finish(product_NV)
+        for start in range(0, len(hidden_Nd), ENCODING_ROWS):
+            chunk = slice(start, start + ENCODING_ROWS)
+            products = [one.head.product(one.hidden_Nd[chunk]).split(size) for one in teachers]
+            for *products_NV, rows_N in zip(*products, offsets_N[chunk].split(size), strict=True):
+                logits = [one.head.finish(product_NV) for one, product_NV in zip(teachers, products_NV, strict=True)]
+                logits_NV = states.mix(logits, self.temperature) if isinstance(states, MixedSignal) else logits[0]
                 if self.temperature != 1:
                     logits_NV = logits_NV / self.temperature
                 parts.append(

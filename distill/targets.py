@@ -45,6 +45,7 @@ from tqdm.auto import tqdm
 from distill.checkpoint import clear_leftovers, locked, write_atomically, write_json
 from distill.config import EndpointConfig, TargetsConfig, UserError
 from distill.corpus import BlockBatch, Blocks, Corpus, cache_root, hash_tokenizer
+from distill.ensemble import Ensemble
 from distill.redact import redact
 from distill.sealed import check, differences, read_sealed, seal, unseal
 from distill.served import ServedTeacher
@@ -128,8 +129,11 @@ class Targets(Protocol):
         """Wall time that was spent on targets before training."""
         ...
 
-    def signal(self, batch: BlockBatch) -> Signal:
-        """What the teacher says about a batch of blocks; N = B * T rows in the order of the labels."""
+    def signal(self, batch: BlockBatch, first_only: bool = False) -> Signal:
+        """What the teacher says about a batch of blocks; N = B * T rows in the order of the labels.
+
+        With `first_only` the first of several teachers will do: what is asked for is its hidden states.
+        """
         ...
 
 
@@ -152,7 +156,9 @@ class Source(Protocol):
 class LocalTeacher:
     """The teacher in this process reads a few blocks at a time."""
 
-    def __init__(self, teacher: LanguageModel, blocks: Blocks, encoding: Encoding, batch_tokens: int) -> None:
+    def __init__(
+        self, teacher: LanguageModel | Ensemble, blocks: Blocks, encoding: Encoding, batch_tokens: int
+    ) -> None:
         """`batch_tokens`: what is read at once."""
         self.teacher, self.blocks, self.encoding, self.batch_tokens = teacher, blocks, encoding, batch_tokens
         self.window = blocks.context + blocks.block_length
@@ -177,11 +183,11 @@ class LiveTargets:
 
     seconds = 0.0
 
-    def __init__(self, teacher: LanguageModel, encoding: Encoding) -> None:
+    def __init__(self, teacher: LanguageModel | Ensemble, encoding: Encoding) -> None:
         self.teacher, self.encoding = teacher, encoding
 
-    def signal(self, batch: BlockBatch) -> Signal:
-        return self.teacher.signal(batch, self.encoding)
+    def signal(self, batch: BlockBatch, first_only: bool = False) -> Signal:
+        return (self.teacher.first if first_only else self.teacher).signal(batch, self.encoding)
 
 
 class CachedTargets:
@@ -213,7 +219,7 @@ class CachedTargets:
         tokens = sum(shard["blocks"] for shard in shards) * self.layout.block_length
         return sum(shard["bytes"] for shard in shards) / tokens
 
-    def signal(self, batch: BlockBatch) -> Signal:
+    def signal(self, batch: BlockBatch, first_only: bool = False) -> Signal:
         size = self.manifest["blocks_per_shard"]
         rows = self.shards.rows(divmod(int(block), size) for block in batch.block_ids_B)
         device = self.head.weight_Vd.device
@@ -272,6 +278,7 @@ class Layout:
             # A softmax sees no constant, and fp16 keeps the most digits where the logits are near 0.
             numbers = {"logits": signal.logits_NV - signal.logits_NV.amax(-1, keepdim=True)}
         else:
+            assert isinstance(signal, SparseSignal), "the recipe asks for no hidden states of several teachers"
             rest = {"tail": signal.tail_N} if signal.tail_N is not None else {"entropy": signal.entropy_N}
             numbers = {"ids": signal.ids_NK, "probs": signal.probs_NK, **{k: v[:, None] for k, v in rest.items()}}  # type: ignore[index]
         return {name: numbers[name].cpu().numpy().astype(dtype) for name, (dtype, _) in self.columns.items()}
@@ -310,7 +317,7 @@ def make_encoding(config: TargetsConfig, vocab_size: int) -> Encoding:
 
 def open_targets(
     config: TargetsConfig,
-    teacher: LanguageModel,
+    teachers: LanguageModel | Ensemble,
     corpus: Corpus,
     blocks: Blocks,
     accelerator: Accelerator,
@@ -327,9 +334,10 @@ def open_targets(
     their checksums that have been compared before. UserError names what does not match, with both values, or what
     cannot be read or written.
     """
+    teacher = teachers.first
     encoding = make_encoding(config, teacher.vocab_size)
     world = accelerator.num_processes
-    source: Source = LocalTeacher(teacher, blocks, encoding, batch_tokens)
+    source: Source = LocalTeacher(teachers, blocks, encoding, batch_tokens)
     if endpoint is not None:
         source = ServedTeacher(endpoint, teacher.tokenizer, teacher.vocab_size, blocks, encoding.outcomes, world)
     identity = {
@@ -358,7 +366,7 @@ def open_targets(
                 clear_leftovers(place)
         if main and config.repo:
             _download(config.repo, folder)
-        with teacher.together():
+        with teachers.together():
             manifest = _claim(folder, identity, source.name, teacher, blocks, config) if main else None
         manifest = broadcast_object_list([manifest])[0]
         assert manifest is not None
@@ -383,7 +391,7 @@ def open_targets(
             unit_scale=True,
             disable=not main or not missing,
         )
-        with progress, teacher.together():
+        with progress, teachers.together():
             share = {
                 number: np.arange(number * size, number * size + wanted[number]) for number in missing[rank::world]
             }

@@ -29,7 +29,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.checkpoint import write_atomically
-from distill.config import TeacherConfig, UserError
+from distill.config import OtherTeacherConfig, UserError
 from distill.corpus import BlockBatch, cache_root
 from distill.packaged import resolve_package
 from distill.sealed import damage, write_checksums
@@ -88,6 +88,11 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def first(self) -> LanguageModel:
+        """Of an `Ensemble` the first one; here the only one."""
+        return self
 
     @property
     def parameters(self) -> int:
@@ -162,7 +167,7 @@ class LanguageModel:
             )
         hidden_Nd = hidden_Nd.to(self.head.weight_Vd.device)  # a spread-out teacher may have them apart
         with torch.inference_mode():
-            signal = encoding.signal(hidden_Nd, self.head, batch.block_ids_B.tolist())
+            signal = encoding.signal(HiddenSignal(hidden_Nd, self.head), batch.block_ids_B.tolist())
         if encoding.layers:
             assert isinstance(signal, HiddenSignal), "the recipe asks for hidden states with layer_mse"
             layers = [output.hidden_states[depth][:, -block_length:].flatten(0, 1) for depth in encoding.layers]
@@ -210,8 +215,8 @@ def hash_weights(network: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
-def load_teacher(config: TeacherConfig, device: torch.device) -> LanguageModel:
-    """The recipe's teacher, verified and on its device, or in shards over all processes, which is collective."""
+def load_teacher(config: OtherTeacherConfig, device: torch.device, role: str = "teacher") -> LanguageModel:
+    """A teacher of the recipe, verified and on its device, or in shards over all processes, which is collective."""
     return load_language_model(
         config.model,
         device=device,
@@ -220,7 +225,7 @@ def load_teacher(config: TeacherConfig, device: torch.device) -> LanguageModel:
         device_map=config.device_map,
         attn_implementation=config.attn_implementation,
         trust_remote_code=config.trust_remote_code,
-        role="teacher",
+        role=role,
         engine=requested_engine(),
     )
 

@@ -56,7 +56,7 @@ class Tracker:
         tracking = recipe.tracking
         self._accelerator.init_trackers(
             tracking.project,
-            config=recipe.model_dump(mode="json"),
+            config=recipe.model_dump(mode="json", by_alias=True),
             init_kwargs={
                 "wandb": {
                     "dir": str(folder),

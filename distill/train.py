@@ -29,13 +29,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill.candidates import Candidates, CandidateSampler
-from distill.config import Recipe, StageConfig, UserError
+from distill.config import HIDDEN_TERMS, Recipe, StageConfig, UserError
 from distill.corpus import BlockBatch, Blocks, lane_order
 from distill.fused import StudentWithLoss
+from distill.geometry import HiddenMetric
 from distill.groundwork import Groundwork, States
 from distill.loop import Loop, Step, make_optimizer
+from distill.losses import TINY
 from distill.metrics import Score
-from distill.objective import Objective
+from distill.objective import WEIGHT_SUM, Objective
 from distill.on_policy import Batch, BlockWriter, written_lanes
 from distill.progress import Spent
 from distill.signals import Encoding, HiddenSignal
@@ -106,6 +108,7 @@ class Training(Loop):
         self.states: dict[int, State] = {}  # carried, by micro-batch
         self.sampler: CandidateSampler | None = None
         self.writer: BlockWriter | None = None
+        self.metric: HiddenMetric | None = None  # of hidden_mse in the stage at hand
 
     # ---------------------------------------------------------------- the whole training
 
@@ -115,12 +118,9 @@ class Training(Loop):
         model, optimizer = self._prepare(stage)
         self.restore(optimizer, resumed)
         with self._spending() if resumed is None else nullcontext():
-            metric = self.groundwork.metric(stage)
-        objective = Objective(
-            stage.weights, stage.temperature, stage.jsd_beta, metric, unlabelled=stage.student_written > 0
-        )
+            self.metric = self.groundwork.metric(stage)
         self.sampler, self.writer = self._sampler(stage), self._writer(stage)
-        return optimizer, partial(self._step, model, optimizer, stage, objective)
+        return optimizer, partial(self._step, model, optimizer, stage)
 
     def initialise(self) -> None:
         if self.targets is not None:
@@ -170,7 +170,7 @@ class Training(Loop):
             for number, (block_ids, starts_B) in enumerate(self._micro_batches(step, blocks)):
                 batch, reset_BT = self._batch(block_ids, starts_B, blocks)
                 if of_targets and self.targets is not None:
-                    signal = self.targets.signal(batch)
+                    signal = self.targets.signal(batch, first_only=True)
                 else:
                     signal = self.teacher.signal(batch, Encoding("hidden"))
                 assert isinstance(signal, HiddenSignal)
@@ -178,9 +178,10 @@ class Training(Loop):
 
     # ---------------------------------------------------------------- one step
 
-    def _step(self, model: torch.nn.Module, optimizer: Any, stage: StageConfig, objective: Objective) -> Step:
+    def _step(self, model: torch.nn.Module, optimizer: Any, stage: StageConfig) -> Step:
         """One optimizer step over all lanes."""
         accelerator, steps = self.accelerator, self.progress.now.steps
+        objective = Objective.of(stage, self.share(stage), self.metric)
         # Dropout's random numbers follow from seed, step and process: nothing to save, nothing to restore.
         torch.manual_seed(((self.recipe.run.seed * 1_000_003 + steps) * 4_096 + accelerator.process_index) % 2**63)
         model.train()
@@ -192,7 +193,7 @@ class Training(Loop):
             if stage.needs_teacher:
                 assert self.targets is not None
                 began = time.perf_counter()
-                signal = self.targets.signal(batch)
+                signal = self.targets.signal(batch, first_only=not objective.needs_teacher_logits)
                 spent.teacher += time.perf_counter() - began
             last = number == len(batches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
@@ -209,9 +210,11 @@ class Training(Loop):
                 accelerator.backward(loss * (accelerator.num_processes / self.tokens_per_step))
             for term, value in parts.items():
                 sums[term] = sums.get(term, torch.zeros((), device=value.device)) + value
+        if (weight_sum := sums.pop(WEIGHT_SUM, None)) is not None:
+            self._divide_by_mean_weight(model, sums, weight_sum)
         read = lambda: f"blocks {[block for batch, _ in batches for block in batch.block_ids_B.tolist()]}"  # noqa: E731
         grad_norm = self.update(model, optimizer, sums, read)
-        return sums, grad_norm, spent
+        return sums, grad_norm, spent, objective.weights
 
     def _batches(self, step: int) -> tuple[list[Batch], Spent]:
         """This process's micro-batches of a step, some lanes written by the student where the stage says so."""
@@ -221,6 +224,17 @@ class Training(Loop):
         began = time.perf_counter()
         batches = self.writer.rewrite(batches, step)
         return batches, Spent(writing=time.perf_counter() - began)
+
+    @torch.no_grad()
+    def _divide_by_mean_weight(self, model: torch.nn.Module, sums: dict[str, Tensor], weight_sum: Tensor) -> None:
+        """Give the tokens of the step, over all processes, weights of mean 1: known only when all have been read."""
+        mean = self.accelerator.reduce(weight_sum, "sum") / self.tokens_per_step
+        mean = mean.clamp_min(TINY)  # where all weights are 0, so is what they are divided into
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                parameter.grad.div_(mean)
+        for value in sums.values():
+            value.div_(mean)
 
     def _batch(self, block_ids: Any, starts_B: Tensor, blocks: Blocks | BlockStream) -> tuple[BlockBatch, Tensor]:
         """Blocks and their resets; a lane that does not go on from its block before starts from zero as well."""
@@ -299,14 +313,10 @@ class Training(Loop):
         student = self.student
         embedding, head = student.get_input_embeddings(), student.get_output_embeddings()
         tied = embedding.weight is head.weight
-        if tied and len(stage.freeze & {"embedding", "head"}) == 1:
-            raise UserError(
-                f"stage {stage.label}: embedding and head are tied (as in the teacher); freeze both or neither"
-            )
         parts = {id(p): "embedding" for p in embedding.parameters()}
         parts.update({id(p): "head" for p in head.parameters() if not (tied and p is head.weight)})
         # A head that no term reads would get no gradient, which DDP takes for an error: it rests as well.
-        resting = stage.freeze | (set() if Objective(stage.weights).logit_terms else {"head"})
+        resting = stage.freeze | (set() if set(stage.objective) - HIDDEN_TERMS else {"head"})
         for parameter in student.parameters():
             parameter.requires_grad_(parts.get(id(parameter), "body") not in resting)
             parameter.grad = None

@@ -24,6 +24,13 @@ from distill.student import LSTMConfig, LSTMForCausalLM, LSTMForSequenceClassifi
 from distill.teacher import LanguageModel, resolve_model, without_load_report
 
 
+def is_tied(config: StudentConfig, teacher: LanguageModel) -> bool:
+    """Whether the student's embedding and head are one matrix."""
+    if config.tie_embeddings is not None:
+        return config.tie_embeddings
+    return bool(teacher.model.config.get_text_config().tie_word_embeddings)
+
+
 def build_student(
     config: StudentConfig, teacher: LanguageModel, separator_id: int, *, seed: int, transplant: bool
 ) -> LSTMForCausalLM:
@@ -52,9 +59,7 @@ def build_student(
                 f"whose axes its feed-forward blocks know; found student.embedding_size {width}"
             )
         teacher_feed_forwards(teacher, config.num_layers, config.feed_forward_size or 0)
-    tied = config.tie_embeddings
-    if tied is None:
-        tied = teacher.model.config.get_text_config().tie_word_embeddings
+    tied = is_tied(config, teacher)
     shape = LSTMConfig(
         vocab_size=teacher.vocab_size,
         embedding_size=width,

@@ -55,7 +55,7 @@ class Subject:
     def load(self, dtype: str = "auto") -> LanguageModel:
         """On this machine's device; a student is read in fp32, as the training validates it, unless told otherwise."""
         device = Accelerator().device
-        given = self.config.model_dump(exclude={"context", "dtype"})
+        given = self.config.model_dump(exclude={"context", "dtype", "weight"})
         wanted = self.config.dtype if dtype == "auto" else dtype
         loaded = load_language_model(**given, dtype=wanted, device=device, role=self.role)
         if isinstance(loaded.model, LSTMForCausalLM) and wanted == "auto":
@@ -84,7 +84,7 @@ def make_subjects(
         recipe = load_recipe(folder)
         if recipe.classification is not None:
             raise UserError(f"{name}: expected a language model's run, found a classifier's; {CLASSIFIER}")
-        teachers.setdefault(recipe.teacher.model_copy(update={"context": 0}), []).append(folder)
+        teachers.setdefault(recipe.teacher.model_copy(update={"context": 0, "weight": 1.0}), []).append(folder)
         for role in ("student", "control"):
             if role in roles and (folder / role / "config.json").is_file():
                 config = TeacherConfig(model=str(folder / role), dtype="fp32")

@@ -36,13 +36,13 @@ from distill.config import (
     CorpusConfig,
     FineTuningConfig,
     Length,
-    StageConfig,
     StudentConfig,
     TeacherConfig,
     UserError,
 )  # fmt: skip
 from distill.corpus import side_of
 from distill.labelled import NO_LABEL, Tokens, epoch_batches, load_labelled
+from distill.objective import Objective
 from distill.student import LSTMConfig, LSTMForSequenceClassification
 from distill.transplant import build_classifier
 
@@ -183,18 +183,18 @@ def test_terms_against_their_formulas() -> None:
     student_BC, teacher_BC = (2 * torch.randn(4, C, generator=generator, dtype=torch.float64) for _ in range(2))
     labels_B = torch.tensor([1, NO_LABEL, 0, 2])
     T = 2.0
-    stage = StageConfig(
-        objective={"logit_mse": 1.0, "cross_entropy": 0.5, "forward_kl": 0.3}, temperature=T, length=Length(steps=1)
-    )
-    sums = objective_sums(stage, student_BC, labels_B, teacher_BC)
-    mse = ce = kl = 0.0
+    terms = {"logit_mse": 1.0, "cross_entropy": 0.5, "forward_kl": 0.3, "skewed_reverse_kl": 0.2}
+    sums = objective_sums(Objective(terms, T, skew=0.3), student_BC, labels_B, teacher_BC)
+    mse = ce = kl = skewed = 0.0
     for z, t, label in zip(student_BC.tolist(), teacher_BC.tolist(), labels_B.tolist(), strict=True):
         mse += sum((a - b) ** 2 for a, b in zip(z, t, strict=True)) / C
         ce -= z[label] - math.log(sum(map(math.exp, z))) if label != NO_LABEL else 0.0
         q, p = ([math.exp(a / T) / sum(math.exp(b / T) for b in logits) for a in logits] for logits in (z, t))
         kl += T**2 * sum(b * math.log(b / a) for a, b in zip(q, p, strict=True))
+        skewed += T**2 * sum(a * math.log(a / (0.7 * b + 0.3 * a)) for a, b in zip(q, p, strict=True))
     found = {term: value.item() for term, value in sums.items()}
-    assert found == pytest.approx({"logit_mse": mse, "cross_entropy": ce, "forward_kl": kl}, rel=1e-5)
+    expected = {"logit_mse": mse, "cross_entropy": ce, "forward_kl": kl, "skewed_reverse_kl": skewed}
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 def test_sums_are_divided_by_texts_and_cross_entropy_by_those_with_a_label() -> None:

@@ -6,6 +6,7 @@ python -m pytest tests/test_config.py
 from __future__ import annotations
 
 import copy
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from distill.config import Length, Recipe, UserError
+from distill.config import Length, Ramp, Recipe, Term, UserError
 from distill.recipe import dump_recipe, load_recipe
 
-TERMS = ("cross_entropy", "forward_kl", "reverse_kl", "jsd", "total_variation", "hidden_mse")
+TERMS = tuple(term for term in typing.get_args(Term) if term not in ("layer_mse", "logit_mse"))
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 SMALLEST: dict[str, Any] = {
     "run": {"name": "tiny"},
@@ -107,6 +108,8 @@ def test_it_is_frozen(tmp_path: Path) -> None:
         ("stages.0.length.step=1", "stages.0.length.step: unknown key; did you mean 'steps'?"),
         ("evaluation.every.step=1", "evaluation.every.step: unknown key; did you mean 'steps'?"),
         ("eval.window=1", "eval: unknown key; did you mean 'evaluation'?"),
+        ("stages.0.temperature={from: 2, tp: 1}", "stages.0.temperature.tp: unknown key; did you mean 'to'?"),
+        ("other_teachers=[{modl: x}]", "other_teachers.0.modl: unknown key; did you mean 'model'?"),
         ("publishing.xyz=1", "publishing.xyz: unknown key; known keys: repo, private, branch"),
     ],
 )
@@ -158,6 +161,68 @@ def test_all_problems_between_fields_at_once(tmp_path: Path) -> None:
         assert problem in text
 
 
+STAGE = "stages=[{objective: %s, length: {steps: 3}, %s}]"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["targets.signal=top_k", "stages.0.temperature={from: 4, to: 1}"],
+            "stages.0.temperature: a ramp from 4.0 to 1.0, but targets.temperature is 1.0; top_k targets are taken",
+        ),
+        (
+            ["stages.0.candidates=9", "stages.0.temperature={from: 1, to: 2}"],
+            "stages.0.candidates: expected temperature 1, found a ramp from 1.0 to 2.0",
+        ),
+        *(
+            (["targets.signal=sampled", f"stages.0.objective={name}"], f"stages.0.objective: {name} would be biased")
+            for name in ("skewed_forward_kl", "skewed_reverse_kl")
+        ),
+        (
+            ["targets.signal=sampled", "stages.0.token_weights=teacher_confidence"],
+            "stages.0.token_weights: teacher_confidence needs the teacher's largest probability",
+        ),
+        (
+            [STAGE % ("{jsd: 1, hidden_mse: 1}", "token_weights: student_entropy")],
+            "stages.0: token_weights: for the terms of the logits, found hidden_mse beside them",
+        ),
+        (
+            [STAGE % ("jsd", "token_weights: teacher_entropy, candidates: 9")],
+            "stages.0: token_weights: teacher_entropy is of the whole vocabulary, found candidates 9",
+        ),
+        (["other_teachers=[{model: x}]", "targets.signal=dense"], "targets.signal: dense holds the logits of one"),
+        (["other_teachers=[{model: x}]", "targets.cache=true"], "targets.signal: hidden states in a cache are of one"),
+        (
+            [
+                *("other_teachers=[{model: x}]", "targets.cache=true", "targets.signal=top_k"),
+                "endpoint={url: http://localhost:1, model: m}",
+            ],
+            "other_teachers: an endpoint answers for one teacher",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, overrides: list[str], problem: str) -> None:
+    lines = refusal(tmp_path, *overrides)
+    assert len(lines) == 2 and problem in lines[1]
+
+
+def test_what_goes_together_is_accepted(tmp_path: Path) -> None:
+    ramped = load(
+        tmp_path,
+        "stages.0.temperature={from: 4, to: 1, shape: cosine}",
+        "stages.0.objective={forward_kl: {from: 0.9, to: 0}, cross_entropy: 0.1}",
+    ).stages[0]
+    assert isinstance(ramped.temperature, Ramp) and ramped.temperature.shape == "cosine"
+    assert isinstance(ramped.objective["forward_kl"], Ramp) and ramped.objective["cross_entropy"] == 0.1
+    again = load(tmp_path, "stages.0.temperature={from: 4, to: 1}", "stages.0.temperature.to=2").stages[0].temperature
+    assert again == Ramp.model_validate({"from": 4, "to": 2})
+    stage = load(tmp_path, STAGE % ("cross_entropy", "token_weights: teacher_entropy")).stages[0]
+    assert stage.needs_teacher, "for the weights"
+    for signal in ("top_k", "sampled"):
+        load(tmp_path, "other_teachers=[{model: x, weight: 3}]", "targets.cache=true", f"targets.signal={signal}")
+
+
 @pytest.mark.parametrize(
     "override",
     [
@@ -166,6 +231,11 @@ def test_all_problems_between_fields_at_once(tmp_path: Path) -> None:
         *("stages=[]", "stages={}", "stages=", "stages.0=3", "stages.0.objective={}", "stages.0.objective=kl"),
         *("stages.0.objective={forward_kl: .inf}", "stages.0.objective={forward_kl: .nan}"),
         *("stages.0.temperature=0", "stages.0.temperature=.nan", "stages.0.temperature=.inf"),
+        *("stages.0.temperature={from: 0, to: 1}", "stages.0.temperature=[4, 1]", "stages.0.temperature=falling"),
+        *("stages.0.temperature={from: 1, to: .inf}", "stages.0.objective={jsd: {from: 0, to: 0}}"),
+        *("stages.0.temperature={from: 2, to: 1, shape: step}", "stages.0.objective={jsd: {from: -1, to: 1}}"),
+        *("stages.0.temperature={from: 1}", "stages.0.skew=0", "stages.0.skew=1", "stages.0.token_weights=entropy"),
+        *("teacher.weight=0", "other_teachers=[{model: x, weight: -1}]", "other_teachers=[{}]"),
         *("stages.0.jsd_beta=0", "stages.0.jsd_beta=1", "stages.0.warmup=1", "stages.0.warmup=.nan"),
         *("stages.0.learning_rate=0", "stages.0.final_learning_rate=1.1", "stages.0.weight_decay=-1"),
         *("stages.0.betas=[0.9]", "stages.0.betas=[0.9, 1.0]", "stages.0.betas=0.9"),
@@ -367,9 +437,17 @@ LENGTHS = st.one_of(
     st.builds(Length, tokens=st.integers(1, 10**15)),
     st.builds(Length, minutes=st.floats(1e-9, 1e9)),
 )
+RAMPS = st.fixed_dictionaries(
+    {"from": st.floats(1e-9, 1e9), "to": st.floats(1e-9, 1e9)},
+    optional={"shape": st.sampled_from(["linear", "cosine"])},
+)
 STAGES = st.fixed_dictionaries(
-    {"objective": st.dictionaries(st.sampled_from(TERMS), st.floats(1e-9, 1e9), min_size=1), "length": LENGTHS},
+    {
+        "objective": st.dictionaries(st.sampled_from(TERMS), st.one_of(st.floats(1e-9, 1e9), RAMPS), min_size=1),
+        "length": LENGTHS,
+    },
     optional={
+        "temperature": st.one_of(st.floats(1e-9, 1e9), RAMPS),
         "name": st.one_of(TEXT, SPECIAL),
         "freeze": st.sets(st.sampled_from(["embedding", "head"])),
         "betas": st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
@@ -393,6 +471,7 @@ def test_a_dumped_recipe_loads_as_an_equal_one(
         {
             "run": {"name": name, "micro_batch_size": None, "checkpoint_every": every, "threads": nothing},
             "teacher": {"model": text, "revision": text},
+            "other_teachers": [{"model": text, "weight": 2}, {"model": name}][: len(stages) - 1],
             "corpus": {"source": text or "-", "separator": text},
             "stages": stages,
             "evaluation": {"every": every, "prompts": (text, name)},

@@ -13,16 +13,17 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
-from test_losses import definition
+from test_losses import CONSTANTS, definition, softmax
 from torch import Tensor
 
 from distill import fused
 from distill.fused import StudentWithLoss
-from distill.objective import Objective
-from distill.signals import DenseSignal, Head, HiddenSignal, Signal
+from distill.objective import WEIGHT_SUM, Objective
+from distill.signals import DenseSignal, Head, HiddenSignal, MixedSignal, Signal
 from distill.student import LSTMCache, LSTMConfig, LSTMForCausalLM
 
 B, T, V, D, H = 3, 7, 19, 6, 8
@@ -62,7 +63,14 @@ def make_batch() -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
 
 
 def make_signal(kind: str, dtype: torch.dtype = torch.float32, softcap: float | None = None) -> Signal:
-    """As the teacher makes it: in inference mode."""
+    """As the teacher makes it: in inference mode. The second of the two that are `mixed` has another width."""
+    if kind == "mixed":
+        second = Head(torch.randn(V, 4, generator=torch.Generator().manual_seed(4)).to(dtype), softcap=3.0)
+        with torch.inference_mode():
+            hidden_Nd = torch.randn(B * T, 4, generator=torch.Generator().manual_seed(5)).to(dtype) * 2
+            first = make_signal("hidden", dtype, softcap)
+            assert isinstance(first, HiddenSignal)
+            return MixedSignal((first, HiddenSignal(hidden_Nd, second)), (0.3, 0.7))
     generator = torch.Generator().manual_seed(3)
     weight_Vd = torch.randn(V, D, generator=generator).to(dtype)
     bias_V = torch.randn(V, generator=generator).to(dtype)
@@ -91,27 +99,52 @@ def eager(
         logits_NV = student.lm_head(z_BTd).flatten(0, 1)
     if autocast:
         logits_NV = logits_NV.float()
-    if signal is not None:
-        with torch.inference_mode():
-            teacher_NV = signal.logits(slice(None))
-        teacher_NV = teacher_NV.clone().to(logits_NV.dtype)
+    teacher_NV = None if signal is None else teacher_logits(signal, logits_NV.dtype, objective.temperature)
+    weight_N = token_weights(objective, logits_NV.detach(), teacher_NV)
     sums = {}
     for name in objective.weights:
         if name == "cross_entropy":
             log_q_NV = torch.log_softmax(logits_NV, -1)
-            sums[name] = -log_q_NV.gather(1, labels_BT.flatten()[:, None]).sum()
+            sums[name] = -(weight_N * log_q_NV.gather(1, labels_BT.flatten()[:, None])[:, 0]).sum()
         elif name == "hidden_mse":
-            hidden_Nd = signal.hidden_Nd.clone().to(logits_NV.dtype)
+            states = signal.parts[0] if isinstance(signal, MixedSignal) else signal
+            hidden_Nd = states.hidden_Nd.clone().to(logits_NV.dtype)
             sums[name] = ((z_BTd.flatten(0, 1) - hidden_Nd) ** 2).sum() / D
         else:
-            constants = objective.temperature, objective.jsd_beta
-            sums[name] = definition(name, logits_NV, teacher_NV, *constants).sum()
+            constants = objective.temperature, constant_of(name, objective)
+            sums[name] = (weight_N * definition(name, logits_NV, teacher_NV, *constants)).sum()
     sums["loss"] = sum(objective.weights[name] * value for name, value in sums.items())
     sums["loss"].backward()
+    if objective.token_weights != "none":
+        sums[WEIGHT_SUM] = weight_N.sum()
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     if caught:
         gradients["z"] = caught[0]
     return {name: value.detach() for name, value in sums.items()}, gradients
+
+
+def constant_of(name: str, objective: Objective) -> float:
+    return objective.skew if CONSTANTS.get(name) == "skew" else objective.jsd_beta
+
+
+def teacher_logits(signal: Signal, dtype: torch.dtype, temperature: float) -> Tensor:
+    """All of them, in `dtype`; of several teachers such that their softmax is the mean of the teachers' own."""
+    if isinstance(signal, MixedSignal):
+        logits = [teacher_logits(part, dtype, temperature) for part in signal.parts]
+        pairs = zip(signal.weights, logits, strict=True)
+        return temperature * sum(weight * softmax(logits_NV, temperature) for weight, logits_NV in pairs).log()
+    with torch.inference_mode():
+        logits_NV = signal.logits(slice(None))
+    return logits_NV.clone().to(dtype)
+
+
+def token_weights(objective: Objective, student_NV: Tensor, teacher_NV: Tensor | None) -> Tensor:
+    """(N,), not yet divided by their mean; by their definitions."""
+    if objective.token_weights == "none":
+        return torch.ones(len(student_NV), dtype=student_NV.dtype)
+    of_student = objective.token_weights == "student_entropy"
+    p_NV = softmax(student_NV if of_student else teacher_NV, objective.temperature)
+    return p_NV.amax(-1) if objective.token_weights == "teacher_confidence" else -(p_NV * p_NV.log()).sum(-1)
 
 
 def run_fused(
@@ -170,22 +203,42 @@ DENSE_OBJECTIVES = {
     "reverse_kl": Objective({"reverse_kl": 2.0}, temperature=0.5),
     "jsd": Objective({"jsd": 1.0}, temperature=1.5, jsd_beta=0.2),
     "total_variation": Objective({"total_variation": 1.0}, temperature=2.0),
+    "skewed_forward_kl": Objective({"skewed_forward_kl": 1.0}, temperature=2.0, skew=0.2),
+    "skewed_reverse_kl": Objective({"skewed_reverse_kl": 1.0}, skew=0.4),
     "mixture": Objective({"forward_kl": 0.8, "cross_entropy": 0.2}, temperature=3.0),
     "all": Objective(
-        {"cross_entropy": 0.1, "jsd": 0.5, "forward_kl": 0.3, "total_variation": 4.0, "reverse_kl": 0.7},
+        {
+            "cross_entropy": 0.1,
+            "jsd": 0.5,
+            "forward_kl": 0.3,
+            "skewed_forward_kl": 0.6,
+            "total_variation": 4.0,
+            "skewed_reverse_kl": 0.9,
+            "reverse_kl": 0.7,
+        },
         temperature=2.0,
         jsd_beta=0.7,
+        skew=0.3,
     ),
+}
+WEIGHTED_OBJECTIVES = {
+    "all by teacher's entropy": replace(DENSE_OBJECTIVES["all"], token_weights="teacher_entropy"),
+    "all by teacher's confidence": replace(DENSE_OBJECTIVES["all"], token_weights="teacher_confidence"),
+    "all by student's entropy": replace(DENSE_OBJECTIVES["all"], token_weights="student_entropy"),
+    "labels by teacher's entropy": Objective({"cross_entropy": 1.0}, 2.0, token_weights="teacher_entropy"),
+    "labels by student's entropy": Objective({"cross_entropy": 1.0}, token_weights="student_entropy"),
 }
 HIDDEN_OBJECTIVES = {
     **DENSE_OBJECTIVES,
+    **WEIGHTED_OBJECTIVES,
     "hidden_mse": Objective({"hidden_mse": 3.0}),
     "hidden_mse and forward_kl": Objective({"hidden_mse": 2.0, "forward_kl": 0.5}, temperature=2.0),
     "cross_entropy and hidden_mse": Objective({"cross_entropy": 0.3, "hidden_mse": 0.7}),
 }
 CASES = [
-    *(("dense", name) for name in DENSE_OBJECTIVES),
+    *(("dense", name) for name in DENSE_OBJECTIVES | WEIGHTED_OBJECTIVES),
     *(("hidden", name) for name in HIDDEN_OBJECTIVES),
+    *(("mixed", name) for name in HIDDEN_OBJECTIVES),
 ]
 
 
@@ -254,7 +307,7 @@ def test_under_autocast_the_losses_are_computed_in_fp32(
             log_q_NV = torch.log_softmax(logits_NV.double(), -1)
             expected = -log_q_NV.gather(1, labels_BT.flatten()[:, None]).sum()
         else:
-            constants = objective.temperature, objective.jsd_beta
+            constants = objective.temperature, constant_of(term, objective)
             expected = definition(term, logits_NV.double(), signal.logits_NV.double(), *constants).sum()
         assert abs(found - expected) <= 16 * EPS * expected, term
 
@@ -323,6 +376,30 @@ def test_gradients_of_two_micro_batches_add_up() -> None:
 
 def test_cross_entropy_needs_no_teacher() -> None:
     assert_as_good_as_eager(make_student(), None, DENSE_OBJECTIVES["cross_entropy"])
+    assert_as_good_as_eager(make_student(), None, WEIGHTED_OBJECTIVES["labels by student's entropy"])
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (12, 5, 5, 18), (512,) * 4])
+@pytest.mark.parametrize("kind", ["hidden", "mixed"])
+def test_the_chunk_does_not_change_weights_or_means(
+    kind: str, sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_sizes(monkeypatch, *sizes)
+    for name in WEIGHTED_OBJECTIVES:
+        assert_as_good_as_eager(make_student(head_bias=True), make_signal(kind), WEIGHTED_OBJECTIVES[name])
+
+
+def test_never_more_logits_of_a_teacher_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    product = Head.product
+
+    def watched(head: Head, hidden_Nd: Tensor, out: Tensor | None = None) -> Tensor:
+        made.append(len(hidden_Nd))
+        return product(head, hidden_Nd, out)
+
+    monkeypatch.setattr(Head, "product", watched)
+    run_fused(make_student(), make_signal("mixed"), WEIGHTED_OBJECTIVES["all by teacher's entropy"])
+    assert max(made) == 8 < B * T
 
 
 def test_a_second_backward_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -16,20 +17,29 @@ import torch
 from conftest import ROOT, World, result_of, run_command
 from safetensors.torch import load_file
 
+RAMPED = {
+    "objective": {"forward_kl": {"from": 0.9, "to": 0.1}, "cross_entropy": {"from": 0.1, "to": 0.9, "shape": "cosine"}},
+    "temperature": {"from": 3, "to": 1},
+    "token_weights": "teacher_entropy",
+    "length": {"steps": 8},
+}
+STAGES = (
+    {"objective": "hidden_mse", "freeze": ["embedding", "head"], "length": {"steps": 12}},
+    {"objective": {"forward_kl": 0.8, "cross_entropy": 0.2}, "length": {"steps": 16}, "candidates": 12},
+    RAMPED,
+)
 LENGTHS = (
-    "stages.0.length.steps=12",
-    "stages.1.length.steps=16",
-    "stages.1.candidates=12",
+    f"stages={json.dumps(STAGES)}",
     "evaluation.every.steps=7",
     "control=false",
 )
 OPTIMIZERS = {
-    "adamw": ("stages.0.learning_rate=0.01", "stages.1.learning_rate=0.01"),
+    "adamw": tuple(f"stages.{number}.learning_rate=0.01" for number in range(3)),
     "sgd": (
-        "stages.0.optimizer=sgd", "stages.1.optimizer=sgd", "stages.0.learning_rate=0.5", "stages.1.learning_rate=0.5",
+        *(f"stages.{number}.{field}" for number in range(3) for field in ("optimizer=sgd", "learning_rate=0.5")),
         "run.max_grad_norm=null",
     ),
-}  # fmt: skip
+}
 NOT_COMPARED = {
     "seconds",
     "tokens_per_second",
@@ -79,10 +89,14 @@ def reference(
 def test_training_moves_and_is_logged(reference: tuple[Path, tuple[str, ...]]) -> None:
     """The comparisons below would pass on a run that learns nothing; this one does not."""
     log = log_of(reference[0])
-    assert [row["step"] for row in log] == list(range(1, 29))
+    assert [row["step"] for row in log] == list(range(1, 37))
     # The fit before the first step has seen the first two steps' blocks, so the third is where training begins.
     assert log[11]["loss"] < 0.9 * log[2]["loss"]
     assert all(row["grad_norm"] > 0 for row in log)
+    for step, row in enumerate(log[28:]):
+        weights = 0.9 - 0.8 * step / 8, 0.5 - 0.4 * math.cos(math.pi * step / 8)
+        expected = weights[0] * row["loss_forward_kl"] + weights[1] * row["loss_cross_entropy"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_accumulation_changes_nothing(reference: tuple[Path, tuple[str, ...]], world: World, tmp_path: Path) -> None:
@@ -119,11 +133,11 @@ def interrupted(world: World, folder: Path, overrides: tuple[str, ...], after_st
 def test_killed_and_resumed_equals_uninterrupted(
     reference: tuple[Path, tuple[str, ...]], world: World, tmp_path: Path
 ) -> None:
-    """SIGKILL in the first stage, SIGKILL in the second, then a third start: bit-equal losses and weights."""
+    """SIGKILL in the first stage, then in the last with its ramps, then a third start: bit-equal losses and weights."""
     folder, overrides = reference
     frequent = (*overrides, "run.checkpoint_every.steps=3")
     assert interrupted(world, tmp_path, frequent, 5, signal.SIGKILL) == -signal.SIGKILL
-    assert interrupted(world, tmp_path, frequent, 17, signal.SIGKILL) == -signal.SIGKILL
+    assert interrupted(world, tmp_path, frequent, 32, signal.SIGKILL) == -signal.SIGKILL
     resumed = train(world, tmp_path, *frequent)
     assert_same_trajectory(folder, resumed, bitwise=True)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from distill import losses
 
-NAMES = ("forward_kl", "reverse_kl", "jsd", "total_variation")
+NAMES = ("forward_kl", "reverse_kl", "jsd", "total_variation", "skewed_forward_kl", "skewed_reverse_kl")
+CONSTANTS = {"jsd": "beta", "skewed_forward_kl": "skew", "skewed_reverse_kl": "skew"}
 SMALL = 4  # times the oracle's own error in fp32
 EPS = torch.finfo(torch.float32).eps
 
@@ -29,11 +30,11 @@ def softmax(logits_NV: Tensor, temperature: float) -> Tensor:
 
 
 def definition(
-    name: str, student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0, beta: float = 0.5
+    name: str, student_NV: Tensor, teacher_NV: Tensor, temperature: float = 1.0, constant: float = 0.5
 ) -> Tensor:
-    """One number per row (N,), T^2 included."""
+    """One number per row (N,), T^2 included; the constant is beta of jsd, and the skew of the skewed ones."""
     p_NV, q_NV = softmax(teacher_NV, temperature), softmax(student_NV, temperature)
-    m_NV = beta * p_NV + (1 - beta) * q_NV
+    beta, m_NV = constant, constant * p_NV + (1 - constant) * q_NV
 
     def kl(a_NV: Tensor, b_NV: Tensor) -> Tensor:
         return (a_NV * torch.log(a_NV / b_NV)).sum(-1)
@@ -43,6 +44,8 @@ def definition(
         "reverse_kl": lambda: kl(q_NV, p_NV),
         "jsd": lambda: beta * kl(p_NV, m_NV) + (1 - beta) * kl(q_NV, m_NV),
         "total_variation": lambda: (p_NV - q_NV).abs().sum(-1) / 2,
+        "skewed_forward_kl": lambda: kl(p_NV, m_NV),
+        "skewed_reverse_kl": lambda: kl(q_NV, (1 - constant) * p_NV + constant * q_NV),
     }[name]()
     return temperature**2 * value_N
 
@@ -54,8 +57,8 @@ def logits(rows: int = 6, vocabulary: int = 11, scale: float = 2.0, seed: int = 
     return pair[0].double(), pair[1].double()
 
 
-def divergence(name: str, student_NV: Tensor, teacher_NV: Tensor, temperature: float, beta: float) -> Tensor:
-    extra = {"beta": beta} if name == "jsd" else {}
+def divergence(name: str, student_NV: Tensor, teacher_NV: Tensor, temperature: float, constant: float) -> Tensor:
+    extra = {CONSTANTS[name]: constant} if name in CONSTANTS else {}
     return losses.DIVERGENCES[name](student_NV, teacher_NV, temperature, **extra)
 
 
@@ -69,7 +72,7 @@ def allowed(name: str, student_NV: Tensor, teacher_NV: Tensor, *constants: float
 
 CASES = [
     *((name, temperature, 0.5) for name in NAMES for temperature in (0.5, 1.0, 3.0)),
-    *(("jsd", 2.0, beta) for beta in (0.01, 0.1, 0.9, 0.99)),
+    *((name, 2.0, constant) for name in CONSTANTS for constant in (0.01, 0.1, 0.9, 0.99)),
 ]
 
 
@@ -117,6 +120,9 @@ def test_two_outcomes_by_hand() -> None:
         "total_variation": 0.25,
         "jsd": 0.5 * (0.75 * math.log(6 / 5) + 0.25 * math.log(2 / 3))
         + 0.5 * (0.5 * math.log(4 / 5) + 0.5 * math.log(4 / 3)),
+        # At the default skew of 0.1 the mixtures are (0.525, 0.475) and (0.725, 0.275).
+        "skewed_forward_kl": 0.75 * math.log(0.75 / 0.525) + 0.25 * math.log(0.25 / 0.475),
+        "skewed_reverse_kl": 0.5 * math.log(0.5 / 0.725) + 0.5 * math.log(0.5 / 0.275),
     }
     for name, value in by_hand.items():
         assert losses.DIVERGENCES[name](student_NV, teacher_NV).item() == pytest.approx(value, rel=8 * EPS)
@@ -158,6 +164,16 @@ def test_forward_kl_is_the_teacher_first() -> None:
     teacher_NV, student_NV = torch.tensor([[0.0, 0.0]]), torch.tensor([[20.0, 0.0]])
     assert losses.forward_kl(student_NV, teacher_NV).item() == pytest.approx(10 - math.log(2), rel=1e-4)
     assert losses.reverse_kl(student_NV, teacher_NV).item() == pytest.approx(math.log(2), rel=1e-4)
+
+
+def test_skew_bounds_what_one_token_can_cost() -> None:
+    """Where one side holds impossible what the other is sure of, KL is as large as the logits and these -log(skew)."""
+    student_NV, teacher_NV = torch.tensor([[900.0, 0.0]]), torch.tensor([[0.0, 900.0]])
+    for name in ("skewed_forward_kl", "skewed_reverse_kl"):
+        for skew in (0.1, 0.5):
+            found = losses.DIVERGENCES[name](student_NV, teacher_NV, skew=skew).item()
+            assert found == pytest.approx(-math.log(skew), rel=1e-6), name
+        assert losses.DIVERGENCES[name.removeprefix("skewed_")](student_NV, teacher_NV).item() == 900
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -215,7 +231,13 @@ def test_extreme_logits_stay_finite(name: str, temperature: float) -> None:
     assert torch.isfinite(student_NV.grad).all()
 
 
-@pytest.mark.parametrize(("name", "curvature"), [("forward_kl", 1.0), ("reverse_kl", 1.0), ("jsd", 0.3 * 0.7)])
+@pytest.mark.parametrize(
+    ("name", "curvature"),
+    [
+        *(("forward_kl", 1.0), ("reverse_kl", 1.0), ("jsd", 0.3 * 0.7)),
+        *(("skewed_forward_kl", 0.7**2), ("skewed_reverse_kl", 0.7**2)),
+    ],
+)
 def test_gradient_keeps_its_size_as_the_temperature_grows(name: str, curvature: float) -> None:
     """T^2 KL tends to |z - t|^2 / 2V of centred logits (Hinton, Vinyals, Dean 2015, section 2.1); without the T^2
     the gradient would fall like 1/T^2, with T it would fall like 1/T."""

@@ -16,7 +16,7 @@ import yaml
 from conftest import ROOT
 
 from distill import reference
-from distill.config import Length, Recipe
+from distill.config import Length, Ramp, Recipe
 
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
 
@@ -48,7 +48,7 @@ def test_write_and_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_every_field_of_every_section_has_a_description() -> None:
     found = dict(reference.sections())
     assert {path.removesuffix(".N") for path in found} == set(Recipe.model_fields)
-    for path, model in [*found.items(), ("length", Length)]:
+    for path, model in [*found.items(), ("length", Length), ("ramp", Ramp)]:
         assert (model.__doc__ or "").strip(), path
         for name, field in model.model_fields.items():
             assert len((field.description or "").split()) >= 2, f"{path}.{name}"
@@ -62,12 +62,13 @@ def test_help_and_page_name_every_field() -> None:
             assert f"\n  {path}.{name}  (" in text
             assert f"\n| `{name}` | " in section
     assert all(f"\n| `{name}` | " in page.split("## lengths")[1] for name in Length.model_fields)
+    assert all(f"\n| `{name}` | " in page.split("## ramps")[1] for name in ("from", "to", "shape"))
 
 
 def test_tables_are_whole() -> None:
     """A | inside a cell, as in KL(teacher || student), would begin another one."""
     tables = [block for block in reference.fields_as_markdown().split("\n\n") if block.startswith("|")]
-    assert len(tables) == len(Recipe.model_fields) + 1
+    assert len(tables) == len(Recipe.model_fields) + 2
     for table in tables:
         columns = {len(re.split(r"(?<!\\)\|", row)) for row in table.splitlines()}
         assert len(columns) == 1, table
@@ -80,7 +81,7 @@ def problem(value: Any, schema: dict[str, Any], root: dict[str, Any], where: str
         match key:
             case "$ref":
                 fits = not (inner := problem(value, root["$defs"][wanted.rpartition("/")[2]], root, where)) or inner
-            case "anyOf":
+            case "anyOf" | "oneOf":
                 fits = None in [problem(value, one, root, where) for one in wanted]
             case "type" if wanted == "number":
                 fits = isinstance(value, int | float) and not isinstance(value, bool)
@@ -153,3 +154,5 @@ def test_the_schema_takes_what_the_recipe_takes(field: str, value: Any, fits: bo
     stage = root["$defs"]["StageConfig"]["properties"]["objective"]
     assert problem({"forward_kl": 0.5, "cross_entropy": 0.5}, stage, root) is None
     assert problem("kl", stage, root) and problem({"kl": 1}, stage, root) and problem({"jsd": 0}, stage, root)
+    assert problem({"jsd": {"from": 1, "to": 0}}, stage, root) is None
+    assert problem({"jsd": {"start": 1, "end": 0}}, stage, root) and problem({"jsd": {"from": 1}}, stage, root)

@@ -1,4 +1,4 @@
-"""The learning rate over a stage.
+"""The learning rate, and other numbers, over a stage.
 
 python -m pytest tests/test_schedule.py
 """
@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.schedule import learning_rate_factor
+from distill.config import StageConfig
+from distill.objective import Objective
+from distill.schedule import learning_rate_factor, ramp
 
 SCHEDULES = ("constant", "cosine", "linear", "wsd")
 FALLING = ("cosine", "linear", "wsd")
@@ -76,3 +78,34 @@ def test_always_between_final_and_the_peak(progress: float, schedule: str, warmu
 def test_an_unknown_schedule_is_an_error() -> None:
     with pytest.raises(ValueError, match="unknown schedule 'step'"):
         learning_rate_factor(0.5, "step", 0.0, 0.0)
+
+
+@pytest.mark.parametrize("shape", ["linear", "cosine"])
+@pytest.mark.parametrize(("start", "end"), [(4.0, 1.0), (0.0, 0.7), (2.0, 2.0)])
+def test_a_ramp_goes_from_one_end_to_the_other(shape: str, start: float, end: float) -> None:
+    values = [ramp(start, end, index / 100, shape) for index in range(101)]
+    assert values[0] == start and values[-1] == pytest.approx(end) and values[50] == pytest.approx((start + end) / 2)
+    assert all((after - before) * (end - start) >= 0 for before, after in pairwise(values)), "no turning back"
+    assert ramp(start, end, 1.3, shape) == values[-1], "a stage that is over"
+
+
+def test_shapes_of_a_ramp() -> None:
+    assert ramp(4.0, 1.0, 0.25, "linear") == pytest.approx(3.25)
+    assert ramp(4.0, 1.0, 0.25, "cosine") == pytest.approx(4 - 1.5 * (1 - math.cos(math.pi / 4)))
+    with pytest.raises(ValueError, match="unknown shape 'step'"):
+        ramp(1.0, 0.0, 0.5, "step")
+
+
+def test_what_a_stage_minimises_follows_its_ramps() -> None:
+    stage = StageConfig.model_validate(
+        {
+            "objective": {"forward_kl": {"from": 0.9, "to": 0.1}, "cross_entropy": {"from": 0, "to": 1}, "jsd": 0.5},
+            "temperature": {"from": 4, "to": 1, "shape": "cosine"},
+            "length": {"steps": 10}, "skew": 0.3, "jsd_beta": 0.2, "token_weights": "student_entropy",
+        }
+    )  # fmt: skip
+    begun, half = Objective.of(stage, 0.0), Objective.of(stage, 0.5)
+    assert begun.weights == {"forward_kl": 0.9, "cross_entropy": 0.0, "jsd": 0.5} and begun.temperature == 4
+    assert half.weights == pytest.approx({"forward_kl": 0.5, "cross_entropy": 0.5, "jsd": 0.5})
+    assert half.temperature == pytest.approx(2.5)
+    assert (half.skew, half.jsd_beta, half.token_weights) == (0.3, 0.2, "student_entropy")

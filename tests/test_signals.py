@@ -63,20 +63,21 @@ def test_certain_outcomes_have_their_exact_probability() -> None:
 def test_sparse_signals_do_not_depend_on_chunks_or_company(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A block's draws follow from its number alone."""
     encoding, head, hidden_Nd = Encoding(kind, 5, temperature=2.0), make_head(), make_hidden(3 * 7)
-    whole = encoding.signal(hidden_Nd, head, [4, 9, 2])
+    states, middle = HiddenSignal(hidden_Nd, head), HiddenSignal(hidden_Nd[7:14], head)
+    whole = encoding.signal(states, [4, 9, 2])
     monkeypatch.setattr(signals, "ENCODING_ROWS", 4)
-    chunked, alone = encoding.signal(hidden_Nd, head, [4, 9, 2]), encoding.signal(hidden_Nd[7:14], head, [9])
+    chunked, alone = encoding.signal(states, [4, 9, 2]), encoding.signal(middle, [9])
     assert isinstance(whole, SparseSignal) and isinstance(chunked, SparseSignal) and isinstance(alone, SparseSignal)
     assert torch.equal(whole.ids_NK, chunked.ids_NK) and torch.equal(whole.ids_NK[7:14], alone.ids_NK)
-    other = encoding.signal(hidden_Nd[7:14], head, [10])
+    other = encoding.signal(middle, [10])
     assert isinstance(other, SparseSignal)
     assert torch.equal(other.ids_NK, alone.ids_NK) == (kind == "top_k"), "another block draws anew"
 
 
 def test_hidden_and_dense_are_the_same_distribution() -> None:
     head, hidden_Nd = make_head(), make_hidden(6)
-    hidden = Encoding("hidden").signal(hidden_Nd, head, [0])
-    dense = Encoding("dense").signal(hidden_Nd, head, [0])
+    hidden = Encoding("hidden").signal(HiddenSignal(hidden_Nd, head), [0])
+    dense = Encoding("dense").signal(HiddenSignal(hidden_Nd, head), [0])
     assert isinstance(hidden, HiddenSignal) and not isinstance(dense, SparseSignal)
     torch.testing.assert_close(hidden.logits(slice(2, 5)), dense.logits(slice(2, 5)))
 

@@ -167,7 +167,7 @@ def test_a_cache_of_something_else_is_refused(world: World, built: dict, changes
 
 def test_a_cache_of_another_teacher_is_refused(built: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     parts, targets = built["hidden"]
-    monkeypatch.setattr(parts, "teacher", replace(parts.teacher))  # as newly loaded: its hash is not known yet
+    monkeypatch.setattr(parts, "teachers", replace(parts.teacher))  # as newly loaded: its hash is not known yet
     weight = next(parts.teacher.model.parameters())
     before = weight.detach().clone()
     with torch.no_grad():
