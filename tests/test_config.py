@@ -191,6 +191,10 @@ STAGE = "stages=[{objective: %s, length: {steps: 3}, %s}]"
             [STAGE % ("jsd", "token_weights: teacher_entropy, candidates: 9")],
             "stages.0: token_weights: teacher_entropy is of the whole vocabulary, found candidates 9",
         ),
+        (
+            ["student.activation_penalty=2", STAGE % ("jsd", "token_weights: teacher_entropy")],
+            "stages.0.token_weights: would weigh student.activation_penalty as well",
+        ),
         (["other_teachers=[{model: x}]", "targets.signal=dense"], "targets.signal: dense holds the logits of one"),
         (["other_teachers=[{model: x}]", "targets.cache=true"], "targets.signal: hidden states in a cache are of one"),
         (
