@@ -611,8 +611,9 @@ CLASSIFIER_TERMS = set(typing.get_args(Term)) - HIDDEN_TERMS
 CLASSIFIER_FIELDS: dict[str, set[str] | None] = {
     "teacher": {"model", "revision", "dtype", "attn_implementation", "trust_remote_code"},
     "student": {
-        *("hidden_size", "num_layers", "embedding_size", "transplant", "align_input"),
-        *("input_dropout", "output_dropout", "recurrent_dropout"),
+        *("cell", "hidden_size", "num_layers", "attention_window", "feed_forward_size"),
+        *("embedding_size", "transplant", "align_input"),
+        *("embedding_dropout", "input_dropout", "output_dropout", "variational_dropout", "recurrent_dropout"),
     },
     "corpus": {
         *("source", "name", "revision", "split", "text_field", "max_documents"),
@@ -749,7 +750,7 @@ class Recipe(Section):
             )
         problems += self._not_for_language_models() if self.classification is None else self._not_for_classifiers()
         window = self.student.attention_window
-        if window is not None and window > self.corpus.block_length:
+        if self.classification is None and window is not None and window > self.corpus.block_length:
             problems.append(
                 f"student.attention_window: expected at most corpus.block_length ({self.corpus.block_length}), "
                 f"as far as gradients reach, found {window}"

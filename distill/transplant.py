@@ -23,6 +23,14 @@ from distill.sharding import whole
 from distill.student import LSTMConfig, LSTMForCausalLM, LSTMForSequenceClassification
 from distill.teacher import LanguageModel, resolve_model, without_load_report
 
+ARCHITECTURE = ("hidden_size", "num_layers", "cell", "attention_window", "feed_forward_size")
+DROPOUTS = ("embedding_dropout", "input_dropout", "output_dropout", "variational_dropout", "recurrent_dropout")
+
+
+def _body(config: StudentConfig) -> dict[str, Any]:
+    """The fields that student and recipe share."""
+    return {name: getattr(config, name) for name in (*ARCHITECTURE, *DROPOUTS)}
+
 
 def is_tied(config: StudentConfig, teacher: LanguageModel) -> bool:
     """Whether the student's embedding and head are one matrix."""
@@ -63,16 +71,7 @@ def build_student(
     shape = LSTMConfig(
         vocab_size=teacher.vocab_size,
         embedding_size=width,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        cell=config.cell,
-        attention_window=config.attention_window,
-        feed_forward_size=config.feed_forward_size,
-        embedding_dropout=config.embedding_dropout,
-        input_dropout=config.input_dropout,
-        output_dropout=config.output_dropout,
-        variational_dropout=config.variational_dropout,
-        recurrent_dropout=config.recurrent_dropout,
+        **_body(config),
         head_bias=teacher.head.bias_V is not None or (transplant and narrow),
         tie_word_embeddings=tied,
         bos_token_id=separator_id,
@@ -112,11 +111,7 @@ def build_classifier(
     """
     labels = {"id2label": dict(enumerate(classes)), "label2id": {name: n for n, name in enumerate(classes)}}
     shape = {
-        "hidden_size": config.hidden_size,
-        "num_layers": config.num_layers,
-        "input_dropout": config.input_dropout,
-        "output_dropout": config.output_dropout,
-        "recurrent_dropout": config.recurrent_dropout,
+        **_body(config),
         "pooling": pooling,
         "pad_token_id": tokenizer.pad_token_id,
         **labels,
@@ -149,9 +144,9 @@ def _started_from(model: str, config: StudentConfig, shape: dict[str, Any]) -> L
         own: Any = AutoConfig.from_pretrained(source)
         if not isinstance(own, LSTMConfig):
             raise ValueError(f"it is a {own.model_type}, expected an LSTM language model of Potstill's")
-        for name in ("hidden_size", "num_layers", "embedding_size"):
+        for name in (*ARCHITECTURE, "embedding_size"):
             wanted = getattr(config, name)
-            if wanted is not None and wanted != getattr(own, name):
+            if wanted != getattr(own, name) and not (name == "embedding_size" and wanted is None):
                 raise ValueError(f"its {name} is {getattr(own, name)}, but student.{name} {wanted}")
         with without_load_report():
             loaded: Any = LSTMForSequenceClassification.from_pretrained(

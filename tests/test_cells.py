@@ -16,7 +16,7 @@ import torch
 from test_student import TIGHT, D, H, L, V, make_student, packed_rows, padded_prompts, random_ids, random_like
 from torch import Tensor
 
-from distill.student import LSTMCache, LSTMConfig, LSTMForCausalLM
+from distill.student import LSTMCache, LSTMConfig, LSTMForCausalLM, LSTMForSequenceClassification
 
 VARIANTS = [
     {"cell": "gru"},
@@ -243,6 +243,22 @@ def test_left_padding_is_not_seen(fields):
             for found, part in zip(output.past_key_values.state, single.past_key_values.state, strict=True):
                 torch.testing.assert_close(found[:, row], part[:, 0], **TIGHT)
             assert torch.equal(together[row, 6:], student.generate(prompt_1T, **options)[0, length:])
+
+
+@every_variant
+def test_a_classifier_does_not_see_padding_on_either_side(fields):
+    sizes = {"vocab_size": V, "embedding_size": D, "hidden_size": H, "num_labels": 3, "pad_token_id": 0}
+    classifier = LSTMForSequenceClassification(LSTMConfig(**(sizes | fields))).double().eval()
+    classifier.model.load_state_dict(make_student(**fields).model.state_dict())
+    left_BT, mask_BT = padded_prompts()
+    lengths = mask_BT.sum(1).tolist()
+    right_BT = torch.stack([ids.roll(length) for ids, length in zip(left_BT, lengths, strict=True)])
+    left_BC = classifier(left_BT, attention_mask=mask_BT).logits
+    right_BC = classifier(right_BT, attention_mask=mask_BT.flip(1)).logits
+    for row, length in enumerate(lengths):
+        alone_C = classifier(left_BT[row : row + 1, -length:]).logits[0]
+        torch.testing.assert_close(left_BC[row], alone_C, **TIGHT)
+        torch.testing.assert_close(right_BC[row], alone_C, **TIGHT)
 
 
 @every_variant

@@ -171,6 +171,10 @@ def test_a_built_student_has_the_teachers_embedding(world: World, tmp_path: Path
     assert torch.equal(started.model.output_projection.weight, lm.model.output_projection.weight)
     with pytest.raises(UserError, match=f"start_from: .*hidden_size is {H}, but student.hidden_size 8"):
         build(start_from=str(tmp_path))
+    with pytest.raises(UserError, match="start_from: .*its cell is lstm, but student.cell gru"):
+        build(start_from=str(tmp_path), hidden_size=H, num_layers=L, cell="gru")
+    other = build(cell="gru", attention_window=3, feed_forward_size=5)
+    assert other.model.layers[0].gru.hidden_size == 8 and other.model.attention and other.model.layers[0].feed_forward
     with pytest.raises(UserError, match="start_from: .*is a llama, expected an LSTM"):
         build(start_from=str(world.teacher))
 
