@@ -37,6 +37,7 @@ from distill.packaged import PREFIX
 from distill.recipe import dump_recipe, load_recipe
 from distill.redact import redact
 from distill.result import check_files, read_result, table_rows
+from distill.student import LSTMConfig
 
 logger = logging.getLogger(__name__)
 TIMEOUT = 300.0  # seconds without a sign of life after which a connection counts as broken
@@ -75,7 +76,9 @@ def stage(
     source, target = recipe.folder / "student", recipe.folder / "hub"
     if not (source / "config.json").is_file():
         raise UserError(f"{recipe.folder}: expected a finished run with student/config.json, found none")
-    if importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
+    if _student_config(recipe)["model_type"] != LSTMConfig.model_type:
+        logger.info("no ONNX files are published: they are made of LSTM students only")
+    elif importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
         from distill.decoder import write_decoder
         from distill.export import write_onnx
         from distill.graph import is_current
@@ -182,6 +185,9 @@ def _is_hub_id(name: str) -> bool:
 def card_data(recipe: Recipe, result: dict[str, Any], license_id: str | None) -> ModelCardData:
     """The card's metadata, with the results in the form that the hub shows beside a model."""
     teacher, corpus, student = recipe.teacher.model, recipe.corpus.source, result["student"]
+    special = ["distillation", "knowledge-distillation"]
+    if _student_config(recipe)["model_type"] == LSTMConfig.model_type:
+        special = ["lstm", *special, "custom_code"]
     results = [
         EvalResult(
             task_type="text-generation",
@@ -202,7 +208,7 @@ def card_data(recipe: Recipe, result: dict[str, Any], license_id: str | None) ->
     return ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["potstill", "lstm", "distillation", "knowledge-distillation", "custom_code"],
+        tags=["potstill", *special],
         license=license_id,
         base_model=teacher if _is_hub_id(teacher) else None,
         datasets=[corpus] if _is_hub_id(corpus) else None,
@@ -222,11 +228,15 @@ def write_card(
     """Write the model card `README.md` into a student's folder. `trade_off` is a table of quality against speed."""
     place, rows, student = repo or recipe.publishing.repo or "PATH", table_rows(result), result["student"]
     table = [list(rows[0]), ["---"] * len(rows[0]), *(list(row.values()) for row in rows)]
-    config = json.loads((recipe.folder / "student" / "config.json").read_text(encoding="utf-8"))
+    config, own_tokens = _student_config(recipe), recipe.student.has_own_tokenizer
+    kind, shape, trust = f"a {config['model_type']}", "", ""
+    if config["model_type"] == LSTMConfig.model_type:
+        layers = f"{config['num_layers']} LSTM layers of {config['hidden_size']} units"
+        kind, shape, trust = "an LSTM", f" ({layers}) with constant memory per token", ", trust_remote_code=True"
     load = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{place}", trust_remote_code=True)\n```'
+        f'model = AutoModelForCausalLM.from_pretrained("{place}"{trust})\n```'
     )
     draft = (
         "```python\n"
@@ -236,20 +246,20 @@ def write_card(
     streamed = " of its beginning, the rest being streamed" if recipe.corpus.streaming else ""
     paragraphs = [
         f"---\n{card_data(recipe, result, license_id).to_yaml()}\n---",
-        f"# {recipe.run.name}: an LSTM distilled from {recipe.teacher.model}",
-        f"A causal language model of {student['parameters'] / 1e6:.1f} M parameters ({config['num_layers']} LSTM "
-        f"layers of {config['hidden_size']} units) with constant memory per token, made with Potstill. Validation on "
-        f"{student['tokens']:,} tokens of {recipe.corpus.source}:",
+        f"# {recipe.run.name}: {kind} distilled from {recipe.teacher.model}",
+        f"A causal language model of {student['parameters'] / 1e6:.1f} M parameters{shape}, made with Potstill. "
+        f"Validation on {student['tokens']:,} tokens of {recipe.corpus.source}:",
         "\n".join(f"| {' | '.join(row)} |" for row in table),
         "`ppl` is perplexity per token, `KL` is KL(teacher ‖ model) in nats, `top-1` how often both find the same "
-        "token likeliest, `tok/s` greedy decoding at batch 1.",
+        "token likeliest, `tok/s` greedy decoding at batch 1."
+        + (" Teacher and student have tokenizers of their own: compare them by bits/byte." if own_tokens else ""),
         *_control(result),
         *_picture(folder, "curves.png", "Validation loss over training"),
         *(["## Quality against speed", trade_off.strip()] if trade_off else []),
         *_picture(folder, "frontier.png", "Quality against speed"),
         "## Use",
         load,
-        *(["To draft for its teacher:", draft] if _is_hub_id(recipe.teacher.model) else []),
+        *(["To draft for its teacher:", draft] if _is_hub_id(recipe.teacher.model) and not own_tokens else []),
         *_onnx(folder, place),
         "## Where it comes from",
         f"- Teacher: {recipe.teacher.model}, licence {license_id or 'not stated'}, which this student carries.\n"
@@ -268,6 +278,11 @@ def write_card(
     write_atomically(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def _student_config(recipe: Recipe) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((recipe.folder / "student" / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
 def _picture(folder: Path, name: str, title: str) -> list[str]:
     return [f"![{title}]({name})"] if (folder / name).is_file() else []
 
@@ -277,7 +292,7 @@ def _control(result: dict[str, Any]) -> list[str]:
         return []
     match = result["control"]["match"].replace("_", " ")
     return [
-        f"The control is the same LSTM from random weights, trained by cross-entropy alone at equal {match}; "
+        f"The control is the same architecture from random weights, trained by cross-entropy alone at equal {match}; "
         f"distillation gained {result['distillation_gain_nats']:+.3f} nats over it."
     ]
 

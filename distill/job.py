@@ -24,7 +24,10 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
+from distill.alignment import AlignedTeacher
+from distill.architecture import make_student
 from distill.checkpoint import clear_leftovers, write_atomically, write_json
 from distill.config import Length, Recipe, StageConfig, UserError
 from distill.corpus import Blocks, Corpus, Split, load_corpus
@@ -40,9 +43,9 @@ from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
 from distill.targets import CachedTargets, LiveTargets, Targets, cached_blocks, make_encoding, open_targets
 from distill.teacher import LanguageModel, hardware_has_bf16, load_teacher, resolve_model, wrap
+from distill.tokenizer import student_tokenizer
 from distill.tracking import Tracker
 from distill.train import Training, micro_batch_size
-from distill.transplant import build_student
 from distill.vocabulary import trim_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -94,8 +97,9 @@ class _Job:
             weights = parts.whole_teacher.weights_hash  # by all processes, where it is spread over them
             if self.accelerator.is_main_process:
                 _claim_inputs(recipe.folder, parts, weights)
+            network = make_student(recipe, teacher, corpus.separator_id)
         with self._timed("teacher_validation"):
-            validator = Validator(recipe, corpus, teacher, self.accelerator)
+            validator = Validator(recipe, parts, self.accelerator)
         with self._timed("targets"):
             targets = parts.targets()
         shared: dict[str, Any] = {
@@ -107,13 +111,6 @@ class _Job:
         }
 
         with self._timed("student"):
-            network = build_student(
-                recipe.student,
-                teacher,
-                corpus.separator_id,
-                seed=recipe.run.seed,
-                transplant=recipe.student.transplant,
-            )
             training = Training(
                 "student", stages=recipe.stages, student=network, blocks=parts.text, targets=targets, **shared,
                 blocks_with_targets=parts.cached_blocks if recipe.targets.cache else None,
@@ -124,9 +121,7 @@ class _Job:
         students = {"student": network}
         if recipe.control.enabled:
             with self._timed("control"):
-                network = build_student(
-                    recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=False
-                )
+                network = make_student(recipe, teacher, corpus.separator_id, control=True)
                 control = Training(
                     "control", stages=(control_stage(recipe, progress),), student=network, blocks=parts.text,
                     validate_at_tokens=progress.now.tokens, **shared,
@@ -150,6 +145,8 @@ class _Job:
             if parts.vocabulary:
                 whole = validator.score_teacher(parts.whole_teacher, parts.whole_corpus.validation)
                 result["vocabulary"] = {**parts.vocabulary, "whole_teacher": whole.as_dict()}
+            if isinstance(teacher, AlignedTeacher):
+                result["tokenizer"] = teacher.figures()
             result["teacher"]["model"] = recipe.teacher.model
             result["samples"] = self._samples(models["student"], corpus.separator_id)
         result["student"]["tokens_trained"] = progress.now.tokens
@@ -181,13 +178,13 @@ class _Job:
             self._write(result, students, teacher)
         return result
 
-    def _write(self, result: dict[str, Any], students: dict[str, LSTMForCausalLM], teacher: LanguageModel) -> None:
+    def _write(self, result: dict[str, Any], students: dict[str, PreTrainedModel], teacher: LanguageModel) -> None:
         """Students as plain Hugging Face folders, curves, and last the result that marks the run as complete."""
         folder = self.recipe.folder
         result["files"] = {}
         for name, network in students.items():
 
-            def save(path: Path, network: LSTMForCausalLM = network) -> None:
+            def save(path: Path, network: PreTrainedModel = network) -> None:
                 network.save_pretrained(path)
                 teacher.tokenizer.save_pretrained(path)
 
@@ -242,8 +239,14 @@ class TeacherAndText:
         self.vocabulary: dict[str, int] = {}  # what was kept and cut, if anything
         if recipe.student.vocabulary_min_count is not None:
             self._trim_vocabulary(recipe.student.vocabulary_min_count)
+        if recipe.student.has_own_tokenizer:
+            self._align()
         self.encoding = make_encoding(recipe.targets, self.teacher.vocab_size)
         if any("layer_mse" in stage.objective for stage in recipe.stages):
+            if isinstance(self.teacher.model, LSTMForCausalLM):
+                raise UserError(
+                    "stages.objective: layer_mse needs a Transformer's layers, found an LSTM as teacher"
+                )
             blocks, depth = recipe.student.num_layers, self.teacher.model.config.get_text_config().num_hidden_layers
             layers = tuple(round((block + 1) * depth / blocks) for block in range(blocks))
             self.encoding = replace(self.encoding, layers=layers)
@@ -284,6 +287,17 @@ class TeacherAndText:
             self.vocabulary[f"{side}_tokens_before"] = len(getattr(whole, side).tokens)
             self.vocabulary[f"{side}_tokens"] = len(getattr(self.corpus, side).tokens)
 
+    def _align(self) -> None:
+        """Go on in the student's own tokens, in teacher and text; the whole ones are kept to be compared with."""
+        recipe, main = self.recipe, self.accelerator.is_main_process
+        with self.accelerator.main_process_first():
+            tokenizer = student_tokenizer(recipe.student, recipe.corpus, self.teacher.tokenizer, progress=main)
+            config = recipe.corpus
+            if config.separator not in tokenizer.get_vocab():  # it then starts documents with its own
+                config = config.model_copy(update={"separator": None})
+            self.corpus = load_corpus(config, tokenizer, progress=main)
+        self.teacher = AlignedTeacher.of(self.teacher, tokenizer, self.corpus, self.whole_corpus, recipe)
+
     def targets(self) -> Targets:
         """From the cache or the live teacher, as the recipe says."""
         return self.cached_targets() if self.recipe.targets.cache else LiveTargets(self.teacher, self.encoding)
@@ -304,9 +318,13 @@ class TeacherAndText:
 
 
 class Validator:
-    """Scores a student on the validation documents, each process its share, against the teacher's stored states."""
+    """Scores a student on the validation documents, each process its share, against the teacher's stored states.
 
-    def __init__(self, recipe: Recipe, corpus: Corpus, teacher: LanguageModel, accelerator: Accelerator) -> None:
+    A teacher with another tokenizer reads the same documents, and says nothing about the student's tokens.
+    """
+
+    def __init__(self, recipe: Recipe, parts: TeacherAndText, accelerator: Accelerator) -> None:
+        corpus, teacher = parts.corpus, parts.teacher
         self.evaluation, self.accelerator, self.tokenizer = recipe.evaluation, accelerator, teacher.tokenizer
         self.documents = select_documents(corpus.validation, recipe.evaluation.max_tokens)
         if len(self.documents.tokens) < accelerator.num_processes:
@@ -315,8 +333,13 @@ class Validator:
                 f"documents for {accelerator.num_processes} processes; expected one for each"
             )
         self.share = self._share_of(self.documents)
-        self.reference = self._read(teacher, self.share)
-        self.teacher_score = self._over_all(score_reference(self.reference, self.share))
+        self.reference: Reference | None = None
+        if isinstance(teacher, AlignedTeacher):
+            teacher = teacher.own
+            self.teacher_score = self.score_teacher(teacher, parts.whole_corpus.validation)
+        else:
+            self.reference = self._read(teacher, self.share)
+            self.teacher_score = self._over_all(score_reference(self.reference, self.share))
         uniform = torch.tensor(float(teacher.vocab_size)).log().item()
         if not self.teacher_score.nll_nats <= uniform + 1:
             raise UserError(
@@ -325,13 +348,15 @@ class Validator:
                 "belong together, or the text is none of its kind"
             )
 
-    def __call__(self, student: LSTMForCausalLM) -> Score:
+    def __call__(self, student: PreTrainedModel) -> Score:
         student.eval()
         model = wrap(student, self.tokenizer, "student")
+        window, context = reading_window(model, self.evaluation)
         local = score(
             model,
             self.share,
-            window=None,
+            window=window,
+            context=context,
             batch_tokens=self.evaluation.batch_tokens,
             reference=self.reference,
         )

@@ -220,6 +220,8 @@ def print_result(result: dict[str, Any], folder: Path, console: Console | None =
     print_table(title, table_rows(result), console=console)
     if served := result["targets"].get("served"):
         console.print(f"Soft targets of {served}, served. Teacher, KL and top-1 in the table are of the local teacher.")
+    if "tokenizer" in result:
+        console.print("Teacher and student have tokenizers of their own: bits/byte compares them, ppl and nats do not.")
     for sample in result["samples"]:
         for kind in ("greedy", "sampled"):
             prompt, text = escape(sample["prompt"]), escape(" ".join(sample[kind].split()))
@@ -233,10 +235,14 @@ def print_result(result: dict[str, Any], folder: Path, console: Console | None =
 
 
 def plot_curves(result: dict[str, Any], target: Path) -> None:
-    """Validation loss of student and control over training time and over tokens, with the teacher's as a line."""
+    """Validation loss of student and control over training time and over tokens, with the teacher's as a line.
+
+    Per token, or per byte where the teacher's tokens are others.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, unit = ("bits_per_byte", "bits per byte") if "tokenizer" in result else ("nll_nats", "nats per token")
     axes = figure.subplots(1, 2, sharey=True)
     scales = (
         ("seconds", 1 / 60, "training time (minutes, teacher included)"),
@@ -246,15 +252,15 @@ def plot_curves(result: dict[str, Any], target: Path) -> None:
         for name, colour in (("control", "#c1622d"), ("student", "#1f5fa8")):
             points = result["curves"].get(name)
             if points:
-                x, y = [p[key] * scale for p in points], [p["nll_nats"] for p in points]
+                x, y = [p[key] * scale for p in points], [p[loss] for p in points]
                 axis.plot(x, y, color=colour, marker="o", markersize=4, label=name)
-        axis.axhline(result["teacher"]["nll_nats"], color="#555555", linestyle="--", linewidth=1, label="teacher")
+        axis.axhline(result["teacher"][loss], color="#555555", linestyle="--", linewidth=1, label="teacher")
         axis.set_xlabel(label)
         axis.grid(alpha=0.25)
         axis.set_axisbelow(True)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    axes[0].set_ylabel("validation loss (nats per token)")
+    axes[0].set_ylabel(f"validation loss ({unit})")
     axes[1].legend(frameon=False, loc="upper right")
     figure.suptitle(result["name"], x=0.01, ha="left", fontsize=11)
     write_atomically(target, lambda path: figure.savefig(path, dpi=150, format="png"))

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from distill.config import UserError
 from distill.sampling import Sampler
@@ -20,12 +21,10 @@ from distill.session import available_cores
 from distill.student import LSTMCache, LSTMForCausalLM
 
 
-def load_student(folder: Path) -> LSTMForCausalLM:
-    """A student in fp32, ready to read; UserError for a damaged file or one that lacks weights."""
+def load_student(folder: Path, kind: type[PreTrainedModel] = LSTMForCausalLM) -> Any:
+    """A student of a kind in fp32, ready to read; UserError for a damaged file or one that lacks weights."""
     try:
-        loaded: Any = LSTMForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True
-        )
+        loaded: Any = kind.from_pretrained(folder, dtype=torch.float32, output_loading_info=True, use_safetensors=True)
         student, report = loaded
         if report["missing_keys"]:
             raise ValueError(f"weights missing: {', '.join(sorted(report['missing_keys'])[:4])}")

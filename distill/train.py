@@ -22,7 +22,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+from transformers import PreTrainedModel
 
 from distill.candidates import Candidates, CandidateSampler
 from distill.checkpoint import Checkpoints, load_state, load_tensors, restore_optimizer, write_atomically
@@ -46,7 +47,7 @@ from distill.signals import Encoding, HiddenSignal
 from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
 from distill.targets import Targets
-from distill.teacher import LanguageModel
+from distill.teacher import LanguageModel, head_of
 from distill.torch_decoder import load_student
 from distill.tracking import VALIDATION_FIGURES, Tracker
 
@@ -73,10 +74,10 @@ class Training:
         *,
         recipe: Recipe,
         stages: tuple[StageConfig, ...],
-        student: LSTMForCausalLM,
+        student: PreTrainedModel,
         blocks: Blocks | BlockStream,
         teacher: LanguageModel,
-        validate: Callable[[LSTMForCausalLM], Score],
+        validate: Callable[[PreTrainedModel], Score],
         accelerator: Accelerator,
         tracker: Tracker,
         targets: Targets | None = None,
@@ -85,7 +86,8 @@ class Training:
         transplant: bool = False,
     ) -> None:
         self.name, self.recipe, self.stages = name, recipe, stages
-        self.student = student.to(accelerator.device)
+        cast(torch.nn.Module, student).to(accelerator.device)
+        self.student, self.logit_scale = student, head_of(student).scale
         self.all_blocks = blocks
         self.blocks_with_targets = blocks if blocks_with_targets is None else blocks_with_targets
         self.blocks = self.blocks_with_targets  # of the stage at hand
@@ -102,7 +104,7 @@ class Training:
         self.micro = micro_batch_size(recipe, accelerator.num_processes)
         self.tokens_per_step = self.lanes * recipe.corpus.block_length
         self.progress = Progress()
-        self.states: dict[int, State] = {}  # carried (h, c) by micro-batch
+        self.states: dict[int, State] = {}  # carried (h, c) of an LSTM by micro-batch
         self.sampler: CandidateSampler | None = None
         self.aids: dict[str, Tensor] = {}  # what a stage trains besides the student: the projections of layer_mse
 
@@ -269,15 +271,19 @@ class Training:
                 teacher_seconds += time.perf_counter() - began
             last = number == len(micro_batches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                loss, parts, self.states[number] = model(
-                    batch.inputs_BT.to(accelerator.device),
+                recurrent = isinstance(self.student, LSTMForCausalLM)
+                inputs, starts = (batch.inputs_BT, reset_BT) if recurrent else (batch.window_BW, batch.positions_BW)
+                loss, parts, state = model(
+                    inputs.to(accelerator.device),
                     batch.labels_BT.to(accelerator.device),
-                    reset_BT.to(accelerator.device),
+                    starts.to(accelerator.device),
                     self.states.get(number),
                     signal,
                     objective,
                     candidates,
                 )
+                if state is not None:
+                    self.states[number] = state
                 # DDP averages over processes: undo that, then divide once by the tokens of the whole step.
                 accelerator.backward(loss * (accelerator.num_processes / self.tokens_per_step))
             for term, value in parts.items():
@@ -393,7 +399,8 @@ class Training:
         for parameter in student.parameters():
             parameter.requires_grad_(parts.get(id(parameter), "body") not in resting)
             parameter.grad = None
-        with_loss = StudentWithLoss(student, self.teacher.width if "layer_mse" in stage.objective else None)
+        layer_width = self.teacher.width if "layer_mse" in stage.objective else None
+        with_loss = StudentWithLoss(student, layer_width, self.logit_scale)
         self.aids = {name: p for name, p in with_loss.named_parameters() if not name.startswith("student.")}
         decayed = [
             p for p in with_loss.parameters() if p.requires_grad and p.ndim >= 2 and parts.get(id(p)) != "embedding"
@@ -435,17 +442,20 @@ class Training:
             "seconds": now.seconds,
             "nll_nats": score.nll_nats,
             "perplexity": score.perplexity,
+            "bits_per_byte": score.bits_per_byte,
             "kl_to_teacher_nats": score.kl_to_teacher_nats,
             "top1_agreement": score.top1_agreement,
         }
         progress.points.append(point)
         progress.last_validation = Clock(**asdict(now))
-        values = {f"validation/{key}/{self.name}": point[key] for key in VALIDATION_FIGURES}
+        values = {f"validation/{key}/{self.name}": point[key] for key in VALIDATION_FIGURES if point[key] is not None}
         self.tracker.log({**values, "train_seconds": now.seconds, "tokens": now.tokens})
+        compared = f"{score.bits_per_byte:.4f} bits a byte"
+        if score.kl_to_teacher_nats is not None:
+            compared = f"KL {score.kl_to_teacher_nats:.4f}, top-1 {score.top1_agreement:.3f}"
         logger.info(
-            "%s, step %d, %d tokens, %.0f s: validation loss %.4f nats (perplexity %.1f), KL %.4f, top-1 %.3f",
-            *(self.name, now.steps, now.tokens, now.seconds, score.nll_nats, score.perplexity),
-            *(score.kl_to_teacher_nats, score.top1_agreement),
+            "%s, step %d, %d tokens, %.0f s: validation loss %.4f nats (perplexity %.1f), %s",
+            *(self.name, now.steps, now.tokens, now.seconds, score.nll_nats, score.perplexity, compared),
         )
         if progress.best_nll_nats is None or score.nll_nats < progress.best_nll_nats:
             progress.best_nll_nats, progress.best_step, progress.stale = score.nll_nats, now.steps, 0
@@ -600,7 +610,7 @@ class Training:
 
     def _load_best(self) -> None:
         """Put the best weights into the student."""
-        best = load_student(self.checkpoints.best(self.progress.best_step))
+        best = load_student(self.checkpoints.best(self.progress.best_step), type(self.student))
         self.student.load_state_dict(best.state_dict())
         self.student.eval()
 

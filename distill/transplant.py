@@ -8,13 +8,16 @@ Legend: V vocabulary, d width of the teacher, r width of the student's embedding
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from distill.config import StudentConfig, UserError
 from distill.geometry import Basis
 from distill.student import LSTMConfig, LSTMForCausalLM
-from distill.teacher import LanguageModel
+from distill.teacher import LanguageModel, head_of
 
 
 def build_student(
@@ -59,14 +62,30 @@ def build_student(
         torch.manual_seed(seed)
         student = LSTMForCausalLM(shape)
     if transplant and not narrow:
-        with torch.no_grad():
-            student.model.embed_tokens.weight.copy_(embedding_Vd)
-            if not tied:
-                # A softcap is left out and a scale folded in: the student's head is plain.
-                student.lm_head.weight.copy_(teacher.head.weight_Vd.float() * teacher.head.scale)
-            if teacher.head.bias_V is not None:
-                student.lm_head.bias.copy_(teacher.head.bias_V * teacher.head.scale)
+        take_over(student, teacher)
     return student
+
+
+@torch.no_grad()
+def take_over(student: PreTrainedModel, teacher: LanguageModel) -> None:
+    """Copy the teacher's embedding, head and head's bias, which must be as wide; UserError where they are not."""
+    embedding, head = cast(Any, student.get_input_embeddings()), cast(Any, student.get_output_embeddings())
+    embedding_Vd, weight_Vd, bias_V = teacher.embedding_Vd, teacher.head.weight_Vd, teacher.head.bias_V
+    for ours_Vd, theirs_Vd in ((embedding.weight, embedding_Vd), (head.weight, weight_Vd)):
+        if ours_Vd.shape != theirs_Vd.shape:
+            raise UserError(
+                f"student.transplant: the student's embedding or head is {ours_Vd.shape[1]} wide, the teacher's "
+                f"{theirs_Vd.shape[1]}; set student.transplant=false"
+            )
+    if bias_V is not None and head.bias is None:
+        raise UserError("student.transplant: the teacher's head has a bias, the student's none; set it to false")
+    embedding.weight.copy_(embedding_Vd)
+    # A softcap is left out and a scale folded in: an LSTM's head is plain.
+    scale = teacher.head.scale / head_of(student).scale
+    if head.weight is not embedding.weight:
+        head.weight.copy_(weight_Vd.float() * scale)
+    if bias_V is not None:
+        head.bias.copy_(bias_V * scale)
 
 
 @torch.no_grad()
