@@ -45,7 +45,9 @@ class Variant:
         torch.manual_seed(0)
         self.name, self.student = name, LSTMForCausalLM(config)
         self.module: Any = StudentWithLoss(self.student)
-        self.sampler = CandidateSampler(torch.from_numpy(counts_V), options.candidates) if name == "candidates" else None
+        self.sampler = (
+            CandidateSampler(torch.from_numpy(counts_V), options.candidates) if name == "candidates" else None
+        )
         self.adaptive: nn.AdaptiveLogSoftmaxWithLoss | None = None
         self.state: Any = None
         parameters = list(self.student.parameters())

@@ -274,8 +274,8 @@ class AlignedTeacher(LanguageModel):
             pairs = list(zip(ids, (spelling.pieces(rest)[0] for rest in rests), strict=True))
             if not begun:
                 pairs = sorted([*pairs, *self.same.items()])
-            found = torch.tensor(pairs, device=self.own.head.weight_Vd.device).unbind(1)
-            self.tables[begun] = found
+            ids_U, student_U = torch.tensor(pairs, device=self.own.head.weight_Vd.device).unbind(1)
+            found = self.tables[begun] = (ids_U, student_U)
         return found
 
     def _move(

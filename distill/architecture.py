@@ -33,7 +33,7 @@ def make_student(
         network = _pretrained(config, teacher)
     else:
         network = _fresh(config, teacher.vocab_size, separator_id, recipe.run.seed)
-    _check(wrap(network.eval(), teacher.tokenizer, str(config.model or config.config), "student"), recipe, teacher)
+    _check(wrap(network, teacher.tokenizer, str(config.model or config.config), "student"), recipe, teacher)
     if config.config and config.transplant and not control:
         take_over(network, teacher)
     return network
@@ -91,6 +91,8 @@ def _fresh(config: StudentConfig, vocab_size: int, separator_id: int, seed: int)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = AutoModelForCausalLM.from_config(shape, dtype=torch.float32)
+        with torch.inference_mode():  # sizes that do not fit each other show here at the latest
+            network.eval()(input_ids=torch.zeros(1, 2, dtype=torch.int64))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -57,8 +57,7 @@ class Spelling:
             if token not in self.specials:
                 self.bytes_V[index] = self._spelled(token)
         self.lengths_V = np.array([len(spelled) for spelled in self.bytes_V], dtype=np.int64)
-        self._backend = Encoder(tokenizer, -1).backend
-        assert self._backend is not None
+        self._backend: Any = Encoder(tokenizer, -1).backend
         self._model = self._backend.model
         # Some tokenizers begin every text with a space that it does not have.
         self.lead = len(b"".join(self.bytes_V[index] for index in self._encode("a"))) - 1
@@ -94,7 +93,7 @@ class Spelling:
         self._pieces |= {fragment: encoding.ids for fragment, encoding in zip(texts, encodings, strict=True)}
 
     def _encode(self, text: str) -> list[int]:
-        return self._backend.encode(text, add_special_tokens=False).ids
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
 
     def _cut(self, fragment: bytes) -> list[int]:
         """As `pieces`, by the merges alone."""

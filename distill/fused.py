@@ -81,7 +81,8 @@ class StudentWithLoss(nn.Module):
         loss = z_Nd.new_zeros((), dtype=torch.float32)
         sums: dict[str, Tensor] = {}
         if objective.logit_terms:
-            weight_Vd, bias_V, teacher = self._head_weight(), self._head.bias, signal
+            weight_Vd, teacher = self._head_weight(), signal
+            bias_V: Tensor | None = self._head.bias
             scaled_Nd = z_Nd
             if self.logit_scale != 1.0:
                 scaled_Nd, bias_V = z_Nd * self.logit_scale, None if bias_V is None else bias_V * self.logit_scale
@@ -112,7 +113,7 @@ class StudentWithLoss(nn.Module):
     ) -> tuple[Tensor, State]:
         """z_BTd from a state on, and the state after it; with `layer_mse` each block's output goes to `states`."""
         carried = LSTMCache(*state) if state is not None else LSTMCache()
-        watched = model.layers if self.layer_projections else []
+        watched = list(model.layers) if self.layer_projections else []
         hooks = [block.register_forward_hook(lambda _, __, output: states.append(output[0])) for block in watched]
         output = model(inputs_BT, past_key_values=carried, reset_mask=reset_BT, use_cache=True)
         for hook in hooks:

@@ -244,9 +244,7 @@ class TeacherAndText:
         self.encoding = make_encoding(recipe.targets, self.teacher.vocab_size)
         if any("layer_mse" in stage.objective for stage in recipe.stages):
             if isinstance(self.teacher.model, LSTMForCausalLM):
-                raise UserError(
-                    "stages.objective: layer_mse needs a Transformer's layers, found an LSTM as teacher"
-                )
+                raise UserError("stages.objective: layer_mse needs a Transformer's layers, found an LSTM as teacher")
             blocks, depth = recipe.student.num_layers, self.teacher.model.config.get_text_config().num_hidden_layers
             layers = tuple(round((block + 1) * depth / blocks) for block in range(blocks))
             self.encoding = replace(self.encoding, layers=layers)

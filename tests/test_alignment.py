@@ -5,9 +5,11 @@ The oracle of a translated distribution is brute force over the teacher's whole 
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import math
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,24 +18,43 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import World, result_of, run_command, run_eval, save_llama
+from conftest import World, result_of, run_eval, save_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from distill import job
 from distill.alignment import AlignedTeacher
-from distill.bytespans import Spelling, alphabet, check_same_text, check_spelling
-from distill.config import CorpusConfig, Recipe, UserError
-from distill.corpus import Blocks, load_corpus
+from distill.bytespans import Spelling, alphabet
+from distill.config import UserError
 from distill.job import TeacherAndText
 from distill.recipe import load_recipe
-from distill.signals import Encoding, SparseSignal, top_k
+from distill.signals import Encoding, SparseSignal
 from distill.teacher import load_language_model
 
 CPU = torch.device("cpu")
 END = "<|end|>"
-WORDS = "der Öltanker naïve café 東京 東大 🙂🙃 the there therein theory strasse Straße 1969 1970 a  b\n\nc\td".split(" ")
+WORDS = [
+    "der",
+    "Öltanker",
+    "naïve",
+    "café",
+    "東京",
+    "東大",
+    "🙂🙃",
+    "the",
+    "there",
+    "therein",
+    "theory",
+    "strasse",
+    "Straße",
+    "1969",
+    "1970",
+    "a",
+    "",
+    "b\n\nc\td",
+]
 DOCUMENTS = [" ".join(random.Random(n).choices(WORDS, k=3 + n % 23)) for n in range(240)]
 
 
@@ -72,7 +93,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in DOCUMENTS))
     for name, tokenizer in TOKENIZERS.items():
         tokenizer.save_pretrained(folder / name)
-        save_llama(folder / name, seed=3, vocab_size=len(tokenizer), initializer_range=0.3)
+        save_llama(folder / name, seed=3, vocab_size=len(tokenizer), initializer_range=0.15)
     recipe = {
         "run": {"name": "cross", "output_dir": str(folder / "runs"), "precision": "fp32", "batch_size": 4},
         "teacher": {"model": str(folder / "many"), "context": 6, "dtype": "fp32"},
@@ -133,7 +154,9 @@ def test_the_alphabet_is_that_of_the_library() -> None:
 @pytest.mark.parametrize("prefix", [b"", b" ", b" t", b"\xe6", b"\xff", b"zz", b"t"])
 def test_tokens_beginning_with_a_prefix(prefix: bytes) -> None:
     spelling = Spelling(MANY, "x")
-    expected = {n for n, spelled in enumerate(spelling.bytes_V) if spelled.startswith(prefix) and len(spelled) > len(prefix)}
+    expected = {
+        n for n, spelled in enumerate(spelling.bytes_V) if spelled.startswith(prefix) and len(spelled) > len(prefix)
+    }
     assert set(spelling.beginning_with(prefix)) == expected
     itself = {n for n, spelled in enumerate(spelling.bytes_V) if spelled == prefix and spelled}
     assert set(spelling.beginning_with(prefix, and_itself=True)) == expected | itself
@@ -169,52 +192,51 @@ def test_tokenizers_that_cannot_be_aligned_are_refused(place: Path, world: World
 # The translated distribution
 
 
-def brute_force(teacher: AlignedTeacher, ids: list[int], text: bytes, read: int) -> dict[int, float]:
-    """p' after `read` bytes of a document, from the teacher's logits of its whole tokens and their spelled bytes."""
-    spelling, teachers = teacher.alignment.spelling, teacher.alignment.teachers
-    read += teachers.lead
-    text = b" " * teachers.lead + text
-    count = max(n for n in range(1, len(ids) + 1) if len(teachers.text(np.array(ids[:n]))) <= read)
-    begun = text[len(teachers.text(np.array(ids[:count]))) : read]
-    with torch.no_grad():
-        logits_V = teacher.model(input_ids=torch.tensor([ids[:count]])).logits[0, -1, : teacher.own.vocab_size]
-    p_V = logits_V.double().softmax(-1).tolist()
-    masses: dict[int, float] = {}
-    for index, p in enumerate(p_V):
-        spelled = teachers.bytes_V[index]
-        if spelled.startswith(begun) and len(spelled) > len(begun):
-            first = spelling.pieces(spelled[len(begun) :])[0]
-            masses[first] = masses.get(first, 0.0) + p
-        elif not begun and index in teacher.same:
-            masses[teacher.same[index]] = masses.get(teacher.same[index], 0.0) + p
-    total = sum(p for i, p in enumerate(p_V) if teachers.bytes_V[i].startswith(begun) and teachers.bytes_V[i] != begun)
-    return {v: mass / (total if begun else 1.0) for v, mass in masses.items()}
+class Oracle:
+    """Probabilities of bytes by brute force over the teacher's whole vocabulary, for one document."""
+
+    def __init__(self, teacher: AlignedTeacher, tokens: np.ndarray) -> None:
+        self.teacher, self.tokens = teacher, tokens.tolist()
+        self.spelled = teacher.alignment.teachers.bytes_V
+        with torch.no_grad():
+            logits_TV = teacher.model(input_ids=torch.tensor([self.tokens])).logits[0, :, : teacher.own.vocab_size]
+        self.p_TV = logits_TV.double().softmax(-1).tolist()
+        self.ends = np.cumsum([len(self.spelled[index]) for index in self.tokens]).tolist()
+        self.text = b"".join(self.spelled[index] for index in self.tokens)
+        self.lead = teacher.alignment.teachers.lead
+
+    def before(self, read: int) -> tuple[int, bytes]:
+        """How many tokens, less one, lie within the bytes read, and the bytes read after them."""
+        last = max(n for n, end in enumerate(self.ends) if end <= read + self.lead)
+        return last, self.text[self.ends[last] : read + self.lead]
+
+    def outcomes(self, read: int) -> dict[int, float]:
+        """p' after so many bytes of the text."""
+        last, begun = self.before(read)
+        masses: dict[int, float] = {}
+        total = 0.0
+        for index, p in enumerate(self.p_TV[last]):
+            spelled = self.spelled[index]
+            if spelled.startswith(begun) and len(spelled) > len(begun):
+                first = self.teacher.alignment.spelling.pieces(spelled[len(begun) :])[0]
+                masses[first], total = masses.get(first, 0.0) + p, total + p
+            elif not begun and index in self.teacher.same:
+                first = self.teacher.same[index]
+                masses[first] = masses.get(first, 0.0) + p
+        return {v: mass / (total if begun else 1.0) for v, mass in masses.items()}
+
+    def mass(self, upto: int) -> float:
+        """P of the first bytes of the text: of whole tokens, then of all that begin as the last one does."""
+        last, rest = self.before(upto)
+        found = math.prod(self.p_TV[n][self.tokens[n + 1]] for n in range(last))
+        if not rest:
+            return found
+        return found * sum(
+            p for p, spelled in zip(self.p_TV[last], self.spelled, strict=False) if spelled.startswith(rest)
+        )
 
 
-def likelihood(teacher: AlignedTeacher, ids: list[int], read: int, label: bytes) -> float:
-    """P(label | the bytes read): of all that the teacher's own tokens go on with, by the mass of prefixes."""
-    teachers = teacher.alignment.teachers
-
-    def mass(upto: int) -> float:
-        """P of the first `upto` bytes, given the separator."""
-        found, spelled = 1.0, 0
-        for n in range(1, len(ids)):
-            size = len(teachers.bytes_V[ids[n]])
-            with torch.no_grad():
-                logits_V = teacher.model(input_ids=torch.tensor([ids[:n]])).logits[0, -1, : teacher.own.vocab_size]
-            p_V = logits_V.double().softmax(-1)
-            if spelled + size <= upto:
-                found, spelled = found * p_V[ids[n]].item(), spelled + size
-                continue
-            rest = teachers.bytes_V[ids[n]][: upto - spelled]
-            return found * sum(p_V[i].item() for i, b in enumerate(teachers.bytes_V) if b.startswith(rest)) if rest else found
-        return found
-
-    read += teachers.lead
-    return mass(read + len(label)) / mass(read)
-
-
-@pytest.mark.parametrize(("own", "student"), [("many", "few"), ("few", "many"), ("fallback", "many"), ("prepended", "few")])
+@pytest.mark.parametrize(("own", "student"), [("many", "few"), ("few", "many"), ("prepended", "few")])
 def test_translation_against_brute_force(place: Path, own: str, student: str) -> None:
     """With all outcomes kept, every place of some blocks: common boundaries, inside tokens, and labels beyond them."""
     size = len(TOKENIZERS[student])
@@ -223,43 +245,32 @@ def test_translation_against_brute_force(place: Path, own: str, student: str) ->
         "teacher.context=200",
     )  # fmt: skip
     blocks, spelling = parts.blocks, teacher.alignment.spelling
-    kinds = {"common": 0, "inside": 0, "beyond": 0, "end": 0}
-    ids = np.array([3, 11, 0, 40])
-    batch = blocks.batch(ids)
-    signal = teacher.signal(batch, Encoding("top_k", size))
+    kinds = {"common": 0, "inside": 0, "beyond": 0}
+    ids = np.array([3, 11, 0])
+    signal = teacher.signal(blocks.batch(ids), Encoding("top_k", size))
     assert isinstance(signal, SparseSignal) and signal.tail_N is not None
+    oracles: dict[int, Oracle] = {}
     for row, (block, t) in enumerate((b, t) for b in ids for t in range(blocks.block_length)):
         at = block * blocks.block_length + t
         document = int(np.searchsorted(blocks.split.starts, at, side="right")) - 1
+        oracle = oracles.get(document) or Oracle(teacher, parts.whole_corpus.train.document(document))
+        oracles[document] = oracle
         read = len(spelling.text(blocks.split.tokens[blocks.split.starts[document] : at + 1]))
-        text = spelling.text(blocks.split.document(document))
-        theirs = parts.whole_corpus.train.document(document).tolist()
-        label = int(blocks.split.tokens[at + 1])
-        expected = brute_force(teacher, theirs, text, read)
-        place_ = teacher.alignment.places(int(block))[t]
+        label, expected = int(blocks.split.tokens[at + 1]), oracle.outcomes(read)
+        (last, begun), end = oracle.before(read), read + len(spelling.bytes_V[label])
+        kinds["inside" if begun else "common"] += 1
+        if last + 1 < len(oracle.tokens) and end + oracle.lead > oracle.ends[last + 1]:
+            kinds["beyond"] += 1
+            moved = oracle.mass(end) / oracle.mass(read)
+            expected[spelling.pieces(oracle.spelled[oracle.tokens[last + 1]][len(begun) :])[0]] -= moved
+            expected[label] = expected.get(label, 0.0) + moved
         found = dict(zip(signal.ids_NK[row].tolist(), signal.probs_NK[row].tolist(), strict=True))
         assert len(found) == size
-        if place_.crossing:
-            kinds["beyond"] += 1
-            moved = likelihood(teacher, theirs, read, spelling.bytes_V[label])
-            following = theirs[theirs_read(teacher, theirs, read)]
-            begins = spelling.pieces(teacher.alignment.teachers.bytes_V[following][len(place_.begun) :])[0]
-            expected[begins] -= moved
-            expected[label] = expected.get(label, 0.0) + moved
-        kinds["end" if label == parts.corpus.separator_id else "inside" if place_.begun else "common"] += 1
         for outcome, probability in found.items():
-            assert probability == pytest.approx(expected.get(outcome, 0.0), abs=2e-6), (row, place_)
+            assert probability == pytest.approx(expected.get(outcome, 0.0), abs=2e-6), (row, begun, label)
         assert signal.tail_N[row].item() == pytest.approx(max(0.0, 1 - sum(expected.values())), abs=1e-5)
-    assert kinds["common"] and kinds["end"], kinds
-    assert kinds["inside"] or own == "few", kinds
-    assert kinds["beyond"] or (own, student) == ("many", "few"), kinds
-
-
-def theirs_read(teacher: AlignedTeacher, ids: list[int], read: int) -> int:
-    """How many of the teacher's tokens are within the bytes read."""
-    teachers = teacher.alignment.teachers
-    sizes = [len(teachers.text(np.array(ids[:n]))) for n in range(1, len(ids) + 1)]
-    return max(n for n, size in enumerate(sizes, 1) if size <= read + teachers.lead)
+    assert kinds["common"], kinds
+    assert kinds["inside"] if own == "many" else kinds["beyond"], kinds
 
 
 def test_the_same_tokenizer_gives_the_ordinary_signal(place: Path) -> None:
@@ -285,7 +296,7 @@ def test_new_tokens_start_from_their_pieces(place: Path) -> None:
         composed += len(pieces) > 1
         torch.testing.assert_close(teacher.embedding_Vd[index], teacher.own.embedding_Vd[pieces].mean(0))
         torch.testing.assert_close(teacher.head.weight_Vd[index], teacher.own.head.weight_Vd[pieces].mean(0))
-    assert composed > 50
+    assert composed > 20
 
 
 # Whole runs
@@ -293,10 +304,11 @@ def test_new_tokens_start_from_their_pieces(place: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(place: Path) -> Path:
-    run = run_command(str(place / "cross.yaml"), "student.vocabulary_size=320", "student.tokenizer=null")
-    assert run.returncode == 0, run.stderr
-    assert "bits/byte compares them" in run.stdout
-    return place / "runs" / "cross"
+    recipe = load_recipe(str(place / "cross.yaml"), ["student.vocabulary_size=320", "student.tokenizer=null"])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        job.run(recipe)
+    assert "bits/byte compares them" in printed.getvalue()
+    return recipe.folder
 
 
 def test_a_run_with_a_trained_tokenizer(finished: Path, place: Path) -> None:
