@@ -87,7 +87,7 @@ class Alignment:
             begun, crossing, full, rest = b"", False, 0, b""
             if last + 1 < len(tokens_n):  # else the document ends here
                 begun = spelling.bytes_V[tokens_n[last + 1]][: read - int(ends_n[last])]
-                crossing = label > ends_n[last + 1]
+                crossing = bool(label > ends_n[last + 1])
             if crossing:
                 stop = int(np.searchsorted(ends_n, label, side="right")) - 1
                 full = stop - last - 1
@@ -225,8 +225,7 @@ class AlignedTeacher(LanguageModel):
         order: list[int] = []
         masses: list[Tensor] = []
         size = CACHE_ROWS if device.type == "cpu" else ENCODING_ROWS
-        for start in range(0, len(hidden_Md), size):
-            p_mV = torch.softmax(self.own.head.logits(hidden_Md[start : start + size]), -1)
+        for start, p_mV in self._probabilities(hidden_Md, size):
             follows_M[start : start + size] = p_mV.gather(1, next_M[start : start + size, None])[:, 0]
             for m in range(len(p_mV)):
                 for number in end.get(start + m, ()):
@@ -246,6 +245,13 @@ class AlignedTeacher(LanguageModel):
                 likelihood = follows_M[row : row + place.full + 1].prod() * rest_N[number] / mass_N[number]
                 self._move(signal, number, int(next_M[row]), place.begun, int(labels_N[number]), likelihood)
         return signal
+
+    def _probabilities(self, hidden_Md: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+        """The teacher's distributions, `size` rows at a time, and the first one's number; one product for many."""
+        for start in range(0, len(hidden_Md), ENCODING_ROWS):
+            product_CV = self.own.head.product(hidden_Md[start : start + ENCODING_ROWS])
+            for few, product_mV in enumerate(product_CV.split(size)):
+                yield start + few * size, torch.softmax(self.own.head.finish(product_mV), -1)
 
     def _outcomes(self, p_mV: Tensor, wanted: list[tuple[int, bytes]], K: int) -> tuple[SparseSignal, Tensor]:
         """The K likeliest student's tokens after each (row, bytes begun) with a tail, and P(s)."""

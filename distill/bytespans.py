@@ -14,7 +14,7 @@ import json
 from bisect import bisect_left
 from collections.abc import Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
@@ -57,7 +57,7 @@ class Spelling:
             if token not in self.specials:
                 self.bytes_V[index] = self._spelled(token)
         self.lengths_V = np.array([len(spelled) for spelled in self.bytes_V], dtype=np.int64)
-        self._backend: Any = Encoder(tokenizer, -1).backend
+        self._backend = cast(Any, Encoder(tokenizer, -1).backend)
         self._model = self._backend.model
         # Some tokenizers begin every text with a space that it does not have.
         self.lead = len(b"".join(self.bytes_V[index] for index in self._encode("a"))) - 1

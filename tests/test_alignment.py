@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import World, result_of, run_eval, save_llama
+from conftest import ROOT, World, result_of, run_eval, save_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -300,6 +300,24 @@ def test_new_tokens_start_from_their_pieces(place: Path) -> None:
 
 
 # Whole runs
+
+SMALL = [
+    "tracking=none", "run.batch_size=4", "corpus.text_field=text", f"corpus.separator={END}", "corpus.block_length=12",
+    "corpus.validation_fraction=0.1", "teacher.context=4", "teacher.dtype=fp32", "evaluation.decode_seconds=0.1",
+    "evaluation.new_tokens=4", "control.match=tokens",
+]  # fmt: skip
+
+
+def test_the_shipped_recipe_runs(place: Path) -> None:
+    """`recipes/tokenizer.yaml` on a tiny teacher and text."""
+    stages = [f"stages.{n}.length={{steps: 2}}" for n in (0, 1)]
+    recipe = load_recipe(
+        str(ROOT / "recipes/tokenizer.yaml"),
+        [*SMALL, *stages, f"teacher.model={place / 'many'}", f"corpus.source={place / 'text.jsonl'}", "targets.k=8",
+         f"corpus.cache_dir={place / 'cache'}", f"run.output_dir={place / 'shipped'}", "student.vocabulary_size=300",
+         "student.hidden_size=8"],
+    )  # fmt: skip
+    assert job.run(recipe)["tokenizer"]["student_tokens"] == 300
 
 
 @pytest.fixture(scope="module")

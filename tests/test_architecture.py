@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import World, result_of, run_command, run_eval, save_llama
+from conftest import ROOT, World, result_of, run_command, run_eval, save_llama
 from safetensors.torch import load_file
 from test_teacher import CONFIGS, make_network, make_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -194,6 +194,29 @@ def test_a_stopped_run_of_a_transformer_goes_on_bit_by_bit(world: World) -> None
     assert len(checkpoints) > 3 and run(world, *overrides) == folder
     after = load_file(folder / "student" / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["transformer", "lstm-teacher"])
+def test_shipped_recipes_run(name: str, world: World, lstm: Path) -> None:
+    """On the tiny teachers and text."""
+    source = load_recipe(str(ROOT / f"recipes/{name}.yaml"), [])
+    stages = [
+        f"stages.{n}.{field}" for n in range(len(source.stages)) for field in ("length={steps: 2}", "candidates=8")
+    ]
+    student = "student.hidden_size=8" if source.student.is_fresh_lstm else f"student.config={world.teacher}"
+    overrides = [] if source.student.is_fresh_lstm else ["student.overrides={num_hidden_layers: 1}"]
+    recipe = load_recipe(
+        str(ROOT / f"recipes/{name}.yaml"),
+        [
+            *stages, *overrides, student, f"teacher.model={world.teacher if overrides else lstm}", "tracking=none",
+            f"corpus.source={world.text}", "corpus.text_field=text", "corpus.separator=<|end|>", "run.batch_size=4",
+            "corpus.block_length=8", "teacher.context=4", "teacher.dtype=fp32", "control.match=tokens",
+            "control.candidates=8", "evaluation.decode_seconds=0.1", "evaluation.new_tokens=4",
+            "corpus.validation_fraction=0.1", f"run.output_dir={world.folder / 'shipped'}",
+            f"corpus.cache_dir={world.folder / 'cache'}",
+        ],
+    )  # fmt: skip
+    assert job.run(recipe)["student"]["tokens_trained"] == 2 * 4 * 8 * len(source.stages)
 
 
 @pytest.fixture(scope="module")
