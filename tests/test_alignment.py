@@ -5,8 +5,6 @@ The oracle of a translated distribution is brute force over the teacher's whole 
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import math
 import random
@@ -18,13 +16,12 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import ROOT, World, result_of, run_eval, save_llama
+from conftest import ROOT, World, result_of, run_command, run_eval, save_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from distill import job
 from distill.alignment import AlignedTeacher
 from distill.bytespans import Spelling, alphabet
 from distill.config import UserError
@@ -58,12 +55,12 @@ WORDS = [
 DOCUMENTS = [" ".join(random.Random(n).choices(WORDS, k=3 + n % 23)) for n in range(240)]
 
 
-def byte_level(size: int, texts: list[str], **special: str) -> PreTrainedTokenizerFast:
+def byte_level(size: int, texts: list[str], longest: int | None = None, **special: str) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=size, special_tokens=[END, *special.values()], show_progress=False,
+        vocab_size=size, max_token_length=longest, special_tokens=[END, *special.values()], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )  # fmt: skip
     tokenizer.train_from_iterator(texts, trainer)
@@ -82,7 +79,7 @@ def byte_fallback(prepend: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, unk_token="<unk>")
 
 
-FEW, MANY = byte_level(300, DOCUMENTS), byte_level(420, DOCUMENTS, pad_token="<|pad|>")
+FEW, MANY = byte_level(300, DOCUMENTS), byte_level(420, DOCUMENTS, 7, pad_token="<|pad|>")
 TOKENIZERS = {"few": FEW, "many": MANY, "fallback": byte_fallback(False), "prepended": byte_fallback(True)}
 
 
@@ -301,32 +298,28 @@ def test_new_tokens_start_from_their_pieces(place: Path) -> None:
 
 # Whole runs
 
-SMALL = [
-    "tracking=none", "run.batch_size=4", "corpus.text_field=text", f"corpus.separator={END}", "corpus.block_length=12",
-    "corpus.validation_fraction=0.1", "teacher.context=4", "teacher.dtype=fp32", "evaluation.decode_seconds=0.1",
-    "evaluation.new_tokens=4", "control.match=tokens",
-]  # fmt: skip
-
 
 def test_the_shipped_recipe_runs(place: Path) -> None:
-    """`recipes/tokenizer.yaml` on a tiny teacher and text."""
-    stages = [f"stages.{n}.length={{steps: 2}}" for n in (0, 1)]
-    recipe = load_recipe(
-        str(ROOT / "recipes/tokenizer.yaml"),
-        [*SMALL, *stages, f"teacher.model={place / 'many'}", f"corpus.source={place / 'text.jsonl'}", "targets.k=8",
-         f"corpus.cache_dir={place / 'cache'}", f"run.output_dir={place / 'shipped'}", "student.vocabulary_size=300",
-         "student.hidden_size=8"],
+    """On a tiny teacher and text."""
+    made = run_command(
+        str(ROOT / "recipes/tokenizer.yaml"), "stages.0.length={steps: 2}", "stages.1.length={steps: 2}",
+        f"teacher.model={place / 'many'}", "teacher.context=4", "teacher.dtype=fp32", "tracking=none",
+        f"corpus.source={place / 'text.jsonl'}", "corpus.text_field=text", f"corpus.separator={END}",
+        "corpus.block_length=12", "corpus.validation_fraction=0.1", f"corpus.cache_dir={place / 'cache'}",
+        "targets.k=8", "student.vocabulary_size=300", "student.hidden_size=8", "run.batch_size=4",
+        f"run.output_dir={place / 'shipped'}", "control.match=tokens", "evaluation.decode_seconds=0.1",
+        "evaluation.new_tokens=4", "run.threads=1", "run.precision=fp32", "evaluation.prompts=[the]",
     )  # fmt: skip
-    assert job.run(recipe)["tokenizer"]["student_tokens"] == 300
+    assert made.returncode == 0, made.stderr
+    assert result_of(place / "shipped" / "tokenizer")["tokenizer"]["student_tokens"] == 300
 
 
 @pytest.fixture(scope="module")
 def finished(place: Path) -> Path:
-    recipe = load_recipe(str(place / "cross.yaml"), ["student.vocabulary_size=320", "student.tokenizer=null"])
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        job.run(recipe)
-    assert "bits/byte compares them" in printed.getvalue()
-    return recipe.folder
+    made = run_command(str(place / "cross.yaml"), "student.vocabulary_size=320", "student.tokenizer=null")
+    assert made.returncode == 0, made.stderr
+    assert "bits/byte compares them" in made.stdout
+    return place / "runs" / "cross"
 
 
 def test_a_run_with_a_trained_tokenizer(finished: Path, place: Path) -> None:

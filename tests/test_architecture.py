@@ -20,7 +20,6 @@ from test_teacher import CONFIGS, make_network, make_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.tiny import WORDS, save_tokenizer
-from distill import job
 from distill.architecture import make_student
 from distill.config import UserError
 from distill.corpus import BlockBatch, Blocks, Split
@@ -136,10 +135,10 @@ def lstm(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(world: World, *overrides: str) -> Path:
-    """A run in this process; its folder."""
-    recipe = load_recipe(str(world.recipe), list(overrides))
-    job.run(recipe)
-    return recipe.folder
+    """A run's folder."""
+    made = run_command(str(world.recipe), *overrides)
+    assert made.returncode == 0, made.stderr
+    return load_recipe(str(world.recipe), list(overrides)).folder
 
 
 def test_an_lstm_teaches_a_transformer(world: World, lstm: Path) -> None:
@@ -199,24 +198,24 @@ def test_a_stopped_run_of_a_transformer_goes_on_bit_by_bit(world: World) -> None
 @pytest.mark.parametrize("name", ["transformer", "lstm-teacher"])
 def test_shipped_recipes_run(name: str, world: World, lstm: Path) -> None:
     """On the tiny teachers and text."""
-    source = load_recipe(str(ROOT / f"recipes/{name}.yaml"), [])
-    stages = [
-        f"stages.{n}.{field}" for n in range(len(source.stages)) for field in ("length={steps: 2}", "candidates=8")
-    ]
-    student = "student.hidden_size=8" if source.student.is_fresh_lstm else f"student.config={world.teacher}"
-    overrides = [] if source.student.is_fresh_lstm else ["student.overrides={num_hidden_layers: 1}"]
-    recipe = load_recipe(
-        str(ROOT / f"recipes/{name}.yaml"),
-        [
-            *stages, *overrides, student, f"teacher.model={world.teacher if overrides else lstm}", "tracking=none",
-            f"corpus.source={world.text}", "corpus.text_field=text", "corpus.separator=<|end|>", "run.batch_size=4",
-            "corpus.block_length=8", "teacher.context=4", "teacher.dtype=fp32", "control.match=tokens",
-            "control.candidates=8", "evaluation.decode_seconds=0.1", "evaluation.new_tokens=4",
-            "corpus.validation_fraction=0.1", f"run.output_dir={world.folder / 'shipped'}",
-            f"corpus.cache_dir={world.folder / 'cache'}",
-        ],
+    file = str(ROOT / f"recipes/{name}.yaml")
+    stages = len(load_recipe(file, []).stages)
+    small = ["student.hidden_size=8", f"teacher.model={lstm}"]
+    if name == "transformer":
+        shape = "student.overrides={num_hidden_layers: 1}"
+        small = [f"student.config={world.teacher}", shape, f"teacher.model={world.teacher}"]
+    for number in range(stages):
+        small += [f"stages.{number}.length={{steps: 2}}", f"stages.{number}.candidates=8"]
+    made = run_command(
+        file, *small, "tracking=none", "run.batch_size=4", f"run.output_dir={world.folder / 'shipped'}",
+        f"corpus.source={world.text}", "corpus.text_field=text", "corpus.separator=<|end|>", "corpus.block_length=8",
+        "corpus.validation_fraction=0.1", f"corpus.cache_dir={world.folder / 'cache'}", "teacher.context=4",
+        "teacher.dtype=fp32", "control.match=tokens", "control.candidates=8", "evaluation.decode_seconds=0.1",
+        "evaluation.new_tokens=4", "run.threads=1", "run.precision=fp32", "evaluation.prompts=[the]",
     )  # fmt: skip
-    assert job.run(recipe)["student"]["tokens_trained"] == 2 * 4 * 8 * len(source.stages)
+    assert made.returncode == 0, made.stderr
+    result = result_of(world.folder / "shipped" / name)
+    assert result["student"]["tokens_trained"] == 2 * 4 * 8 * stages
 
 
 @pytest.fixture(scope="module")
