@@ -222,7 +222,6 @@ class AlignedTeacher(LanguageModel):
         follows_M = torch.empty(len(hidden_Md), device=device)  # probability of the token that follows
         rest_N = torch.ones(len(rows), device=device)  # and of the beginning of one with which a label ends
         parts: list[SparseSignal] = []
-        order: list[int] = []
         masses: list[Tensor] = []
         size = CACHE_ROWS if device.type == "cpu" else ENCODING_ROWS
         for start, p_mV in self._probabilities(hidden_Md, size):
@@ -237,9 +236,7 @@ class AlignedTeacher(LanguageModel):
                 part, mass_n = self._outcomes(p_mV, [(m, rows[number][1].begun) for m, number in chosen], K)
                 parts.append(part)
                 masses.append(mass_n)
-                order += [number for _, number in chosen]
-        place_N = torch.tensor(order, device=device).argsort()
-        signal, mass_N = concatenate(parts).rows(place_N, device), torch.cat(masses)[place_N]
+        signal, mass_N = concatenate(parts), torch.cat(masses)  # places come in the order of their rows
         for number, (row, place) in enumerate(rows):
             if place.crossing:
                 likelihood = follows_M[row : row + place.full + 1].prod() * rest_N[number] / mass_N[number]

@@ -106,7 +106,7 @@ class SparseSignal:
     tail_N: Tensor | None = None
     entropy_N: Tensor | None = None
 
-    def rows(self, rows: slice | Tensor, device: torch.device) -> SparseSignal:
+    def rows(self, rows: slice, device: torch.device) -> SparseSignal:
         """Some rows, on a device."""
         tail_N, entropy_N = (None if part is None else part[rows].to(device) for part in (self.tail_N, self.entropy_N))
         ids_NK, probs_NK = self.ids_NK[rows].to(device), self.probs_NK[rows].to(device)
