@@ -13,6 +13,7 @@ made from them (`python -m distill.reference --write`).
 from __future__ import annotations
 
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -172,8 +173,25 @@ class EndpointConfig(Section):
 
 
 class StudentConfig(Section):
-    """The LSTM and what it takes over from the teacher."""
+    """The student, by default a fresh LSTM, and what it takes over from the teacher."""
 
+    model: str | None = None
+    """Train this causal model on, from its weights, in place of a fresh LSTM: hub id, local folder (of a student too),
+    `.gguf` file, `package:DISTRIBUTION/PATH`. Its tokenizer must be the teacher's, or `tokenizer` must name it. A
+    Transformer carries no state: it reads the teacher's windows, `teacher.context` included."""
+    config: str | None = None
+    """Train a causal model of this architecture from fresh weights: hub id, or local folder with a `config.json`."""
+    overrides: dict[str, bool | int | float | str] = {}
+    """Fields of that `config.json` to replace, for example `{num_hidden_layers: 4}`. Size of the vocabulary and special
+    tokens follow the tokenizer."""
+    revision: str | None = None
+    """Revision of `model` or `config` on the hub: branch, tag or commit."""
+    tokenizer: str | None = None
+    """Tokenizer of the student, where it is not the teacher's: hub id, or local folder. The teacher's next tokens are
+    then turned into the student's by aligning both on bytes: see docs/tokenizers.md. Needs `targets.signal: top_k`."""
+    vocabulary_size: Annotated[int, Field(ge=257)] | None = None
+    """Train a tokenizer of so many tokens for the student on the training text, byte-level BPE, and align it likewise.
+    Fewer tokens make a smaller head and a longer text."""
     cell: Literal["lstm", "gru", "ln_lstm"] = "lstm"
     """What is recurrent. `gru`: three quarters of an LSTM's weights, half of its state (arXiv 1406.1078, in cuDNN's
     form). `ln_lstm`: an LSTM with layer normalisation inside the recurrence (arXiv 1607.06450), for which there are no
@@ -201,7 +219,8 @@ class StudentConfig(Section):
     all bytes and the special tokens. At 1 the training text keeps its tokens; other text may need more of them. Null
     for the teacher's whole vocabulary. Needs a byte-level BPE tokenizer."""
     transplant: bool = True
-    """Start from the teacher's embedding and output head instead of random ones."""
+    """Start from the teacher's embedding and output head instead of random ones. With another tokenizer, a token starts
+    from the mean of those that the teacher would spell it with (arXiv 2402.09977); a `model` keeps its own."""
     fit_tokens: Annotated[int, Field(ge=0)] = 8192
     """With `transplant`: fit the output projection to the teacher's hidden states on this many training tokens before
     the first step, by ridge regression on the still random LSTM's outputs. Its time counts as training; 0 for none."""
@@ -239,6 +258,47 @@ class StudentConfig(Section):
         if self.feed_forward_from == "teacher" and not (self.feed_forward_size and self.transplant):
             raise ValueError("feed_forward_from: teacher needs feed_forward_size and transplant: true")
         return self
+
+    @property
+    def is_fresh_lstm(self) -> bool:
+        """Whether it is the LSTM that these fields describe, and not a model or architecture from elsewhere."""
+        return self.model is None and self.config is None
+
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """Whether its tokens are not the teacher's."""
+        return self.tokenizer is not None or self.vocabulary_size is not None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        problems = []
+        for names in (("model", "config"), ("tokenizer", "vocabulary_size", "vocabulary_min_count")):
+            given = [name for name in names if getattr(self, name) is not None]
+            if len(given) > 1:
+                problems.append(f"{', '.join(given)}: give one of them")
+        elsewhere = "model" if self.model else "config"
+        if not self.is_fresh_lstm and (given := self._changed(LSTM_FIELDS)):
+            problems.append(f"{', '.join(given)}: only for a fresh LSTM, found beside {elsewhere}; remove them")
+        if self.model and (given := self._changed(("vocabulary_size", "vocabulary_min_count"))):
+            problems.append(f"{', '.join(given)}: {self.model} has its own vocabulary; remove it")
+        if self.config is None and self.overrides:
+            problems.append("overrides: only beside config; name the architecture that they change")
+        if self.is_fresh_lstm and self.revision:
+            problems.append("revision: only beside model or config")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+    def _changed(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+
+
+LSTM_FIELDS = (
+    *("hidden_size", "num_layers", "embedding_size", "fit_tokens", "align_input", "tie_embeddings"),
+    *("cell", "attention_window", "feed_forward_size", "feed_forward_from"),
+    *("embedding_dropout", "input_dropout", "output_dropout", "variational_dropout", "recurrent_dropout"),
+    *("activation_penalty", "temporal_activation_penalty"),
+)
 
 
 class CorpusConfig(Section):
@@ -760,6 +820,8 @@ class Recipe(Section):
         problems += self._against_writing()
         if self.other_teachers:
             problems += self._against_other_teachers()
+        if self.student.has_own_tokenizer:
+            problems += self._against_two_tokenizers()
         for number, stage in enumerate(self.stages):
             where = f"stages.{number}"
             if self.student.tie_embeddings and len(stage.freeze & {"embedding", "head"}) == 1:
@@ -774,6 +836,8 @@ class Recipe(Section):
                     f"{where}.objective: hidden_mse needs the teacher's width or its directions; remove "
                     "student.embedding_size or set student.transplant=true"
                 )
+            if "layer_mse" in terms and not self.student.is_fresh_lstm:
+                problems.append(f"{where}.objective: layer_mse is for the LSTM; remove it, or student.model and config")
             if "layer_mse" in terms and self.targets.cache:
                 problems.append(f"{where}.objective: layer_mse needs the live teacher; set targets.cache=false")
             if kind == "sampled" and (biased := terms - {"cross_entropy", "forward_kl"} - HIDDEN_TERMS):
@@ -801,6 +865,10 @@ class Recipe(Section):
                 problems.append(f"{where}.metric: {stage.metric} is for hidden_mse, which the objective does not have")
             if stage.student_written:
                 problems += self._against_student_written(stage, where)
+                if not self.student.is_fresh_lstm or self.student.has_own_tokenizer:
+                    problems.append(
+                        f"{where}.student_written: the student must be a fresh LSTM with the teacher's tokens; set 0"
+                    )
             if stage.token_weights != "none" and (penalties := self.student.penalties):
                 problems.append(
                     f"{where}.token_weights: would weigh student.{', '.join(penalties)} as well; remove one of the two"
@@ -840,6 +908,34 @@ class Recipe(Section):
             given = name == "test_fraction" and self.classification is not None and self.classification.test_split
             if getattr(self.corpus, name) == 0 and not given:
                 problems.append(f"corpus.{name}: expected more than 0, as a classifier is chosen and tested on it")
+        return problems
+
+    def _against_two_tokenizers(self) -> list[str]:
+        """What cannot be had where the student has another tokenizer than the teacher."""
+        problems = []
+        if self.targets.kind != "top_k" and any(stage.needs_teacher for stage in self.stages):
+            problems.append(
+                f"targets.signal: expected top_k where the student has a tokenizer of its own, found "
+                f"{self.targets.signal}"
+            )
+        if self.targets.temperature != 1:
+            problems.append(
+                f"targets.temperature: expected 1 where the student has a tokenizer of its own, found "
+                f"{self.targets.temperature}"
+            )
+        if self.student.transplant and self.student.embedding_size is not None:
+            problems.append(
+                "student.embedding_size: with a tokenizer of its own, expected the teacher's width or "
+                "student.transplant=false; remove one"
+            )
+        if self.corpus.streaming:
+            problems.append("corpus.streaming: expected false where the student has a tokenizer of its own")
+        if self.endpoint:
+            problems.append("endpoint: expected none where the student has a tokenizer of its own")
+        if self.other_teachers:
+            problems.append("other_teachers: expected none where the student has a tokenizer of its own")
+        if self.writing:
+            problems.append("writing: expected none where the student has a tokenizer of its own")
         return problems
 
     def _against_endpoint(self, endpoint: EndpointConfig) -> list[str]:

@@ -392,12 +392,7 @@ class Blocks:
         assert block_ids_B.min() >= 0 and block_ids_B.max() < len(self), "no such block"
         # X = W + 1: positions in the stream of the window's tokens and of the last label.
         at_BX = block_ids_B[:, None] * self.block_length + np.arange(-self.context, self.block_length + 1)
-        inside_BX = np.maximum(at_BX, 0)  # token 0, a separator, fills up
-        assert inside_BX.min() >= self.origin, "before the piece at hand"
-        tokens_BX = torch.from_numpy(self.tokens[inside_BX - self.origin].astype(np.int64))
-        began_BX = self.starts[np.searchsorted(self.starts, inside_BX, side="right") - 1]
-        first_B1 = at_BX[:, :1]
-        positions_BX = at_BX - np.where(at_BX < 0, first_B1, np.maximum(began_BX, first_B1))
+        tokens_BX, positions_BX, began_BX = self.read(at_BX)
         reset_BX = (began_BX == at_BX) & self.reset_at_documents
         self.reads += 1
         if self.reads % FORGET_EVERY == 0:
@@ -408,8 +403,19 @@ class Blocks:
             labels_BT=tokens_BX[:, self.context + 1 :],
             reset_BT=torch.from_numpy(reset_BX[:, self.context : -1]),
             window_BW=tokens_BX[:, :-1],
-            positions_BW=torch.from_numpy(positions_BX[:, :-1]),
+            positions_BW=positions_BX[:, :-1],
         )
+
+    def read(self, at_BX: np.ndarray) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        """Tokens at positions of the stream, one window a row, with the position ids that a Transformer needs there and
+        where the document of each began; (B, X) each. Positions before the stream are filled up."""
+        inside_BX = np.maximum(at_BX, 0)  # token 0, a separator, fills up
+        assert inside_BX.min() >= self.origin, "before the piece at hand"
+        tokens_BX = torch.from_numpy(self.tokens[inside_BX - self.origin].astype(np.int64))
+        began_BX = self.starts[np.searchsorted(self.starts, inside_BX, side="right") - 1]
+        first_B1 = at_BX[:, :1]
+        positions_BX = at_BX - np.where(at_BX < 0, first_B1, np.maximum(began_BX, first_B1))
+        return tokens_BX, torch.from_numpy(positions_BX), began_BX
 
 
 @lru_cache(maxsize=1)  # a step asks for its epoch's order several times

@@ -8,25 +8,28 @@ hands out what is stored, so memory does not grow with the block. The products w
 fp32 head under autocast is converted tile by tile, and no second matrix of its size comes into being.
 
 `StudentWithLoss` is one module whose `forward` returns the loss sums: wrapped by DDP, every parameter is
-used inside `forward`, so gradients are synchronised.
+used inside `forward`, so gradients are synchronised. The student is our LSTM, which carries its state from block to
+block, or any Transformer, which reads each block with the context before it.
 
-Legend: B lanes, T tokens, N = B * T, V vocabulary, d width of student output and head.
+Legend: B lanes, T tokens, N = B * T, W = T and the context before it (LSTM: none), V vocabulary, d width of student
+output and head.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from distill import losses
 from distill.candidates import Candidates
 from distill.objective import Objective
 from distill.signals import DenseSignal, HiddenSignal, MixedSignal, Signal, SparseSignal
-from distill.student import LSTMCache, LSTMForCausalLM, State
+from distill.student import LSTMCache, LSTMForCausalLM, LSTMModel, State
 
 
 def chunk_sizes(device: str, vocabulary: int, item_bytes: int) -> tuple[int, int, int, int]:
@@ -45,53 +48,57 @@ class StudentWithLoss(nn.Module):
     """The student and its objective as one module; for `layer_mse` with a projection of each block's output."""
 
     def __init__(
-        self, student: LSTMForCausalLM, layer_width: int | None = None, penalties: Mapping[str, float] | None = None
+        self,
+        student: PreTrainedModel,
+        layer_width: int | None = None,
+        penalties: Mapping[str, float] | None = None,
+        logit_scale: float = 1.0,
     ) -> None:
-        """`layer_width`: the teacher's width, with `layer_mse`. `penalties`: of `PENALTIES`, with their weights."""
+        """`layer_width`: the teacher's width, with `layer_mse`. `penalties`: of `PENALTIES`, with their weights. Both
+        are for an LSTM. `logit_scale`: factor behind the head."""
         super().__init__()
-        self.student, self.penalties = student, penalties or {}
+        self.student, self.penalties, self.logit_scale = student, penalties or {}, logit_scale
         hidden_size, blocks = student.config.hidden_size, student.config.num_layers if layer_width else 0
         self._frozen_head_Vd: Tensor | None = None  # lasts as long as this module, which is made for one stage
         self.layer_projections = nn.ModuleList(nn.Linear(hidden_size, layer_width or 0) for _ in range(blocks))
 
     def forward(
         self,
-        inputs_BT: Tensor,
+        inputs_BW: Tensor,
         labels_BT: Tensor,
-        reset_BT: Tensor | None,
+        starts_BW: Tensor | None,
         state: State | None,
         signal: Signal | None,
         objective: Objective,
         candidates: Candidates | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor], State]:
+    ) -> tuple[Tensor, dict[str, Tensor], State | None]:
         """Weighted loss sum in nats (with gradient), sums of terms and penalties (without), and the carried state.
 
-        With weights of tokens their sum is among the sums, and all of it is still to be divided by their mean. With
+        `starts_BW` tells documents apart: where an LSTM's state is zeroed (bool), or a Transformer's position ids. With
+        weights of tokens their sum is among the sums, and all of it is still to be divided by their mean. With
         `candidates` the terms of the logits are taken over these instead of the whole vocabulary.
         """
-        carried = LSTMCache(*state) if state is not None else LSTMCache()
         states_BTH: list[Tensor] = []
-        watched = self.student.model.layers if self.layer_projections else []
-        hooks = [block.register_forward_hook(lambda _, __, output: states_BTH.append(output[0])) for block in watched]
-        last_outputs: list[Tensor] = []  # of the last cell, before dropout and after it
-        if self.penalties:
-            dropout = self.student.model.layers[-1].get_submodule("dropout")
-            hook = dropout.register_forward_hook(lambda _, inputs, output: last_outputs.extend((*inputs, output)))
-            hooks.append(hook)
-        output = self.student.model(inputs_BT, past_key_values=carried, reset_mask=reset_BT, use_cache=True)
-        for hook in hooks:
-            hook.remove()
-        carried = carried.detach()
-        z_Nd, labels_N = output.last_hidden_state.flatten(0, 1), labels_BT.flatten()
+        last_outputs: list[Tensor] = []  # of the last cell, before dropout and after it, for penalties
+        if isinstance(self.student, LSTMForCausalLM):
+            z_BTd, carried = self._read_on(self.student.model, inputs_BW, starts_BW, state, states_BTH, last_outputs)
+        else:
+            read = self.student.base_model(input_ids=inputs_BW, position_ids=starts_BW, use_cache=False)
+            z_BTd, carried = read.last_hidden_state[:, -labels_BT.shape[1] :], None
+        z_Nd, labels_N = z_BTd.flatten(0, 1), labels_BT.flatten()
         loss = z_Nd.new_zeros((), dtype=torch.float32)
         sums: dict[str, Tensor] = {}
         if objective.logit_terms:
-            weight_Vd, bias_V, teacher = self._head_weight(), self.student.lm_head.bias, signal
+            weight_Vd, teacher = self._head_weight(), signal
+            bias_V: Tensor | None = self._head.bias
+            scaled_Nd = z_Nd
+            if self.logit_scale != 1.0:
+                scaled_Nd, bias_V = z_Nd * self.logit_scale, None if bias_V is None else bias_V * self.logit_scale
             if candidates is not None:
                 weight_Vd, bias_V = candidates.head(weight_Vd, bias_V)
                 labels_N = candidates.places(labels_N)
                 teacher = candidates.signal(signal) if objective.needs_teacher_logits else None
-            loss, *parts = _ChunkedHeadLoss.apply(z_Nd, weight_Vd, bias_V, labels_N, teacher, objective)
+            loss, *parts = _ChunkedHeadLoss.apply(scaled_Nd, weight_Vd, bias_V, labels_N, teacher, objective)
             sums.update(zip(objective.sum_names, parts, strict=True))
         states = signal.parts[0] if isinstance(signal, MixedSignal) else signal
         if "hidden_mse" in objective.weights:
@@ -110,13 +117,39 @@ class StudentWithLoss(nn.Module):
             loss = loss + objective.weights["layer_mse"] * sums["layer_mse"]
         for name, weight in self.penalties.items():
             output_BTH, dropped_BTH = last_outputs
-            sums[name] = losses.PENALTIES[name](output_BTH, dropped_BTH, reset_BT)
+            sums[name] = losses.PENALTIES[name](output_BTH, dropped_BTH, starts_BW)
             loss = loss + weight * sums[name]
-        return loss, {name: value.detach() for name, value in sums.items()}, carried.state
+        return loss, {name: value.detach() for name, value in sums.items()}, carried
+
+    def _read_on(
+        self,
+        model: LSTMModel,
+        inputs_BT: Tensor,
+        reset_BT: Tensor | None,
+        state: State | None,
+        states: list[Tensor],
+        last_outputs: list[Tensor],
+    ) -> tuple[Tensor, State]:
+        """z_BTd from a state on, and the state after it; what is needed of the blocks' outputs goes to the lists."""
+        carried = LSTMCache(*state) if state is not None else LSTMCache()
+        watched = list(model.layers) if self.layer_projections else []
+        hooks = [block.register_forward_hook(lambda _, __, output: states.append(output[0])) for block in watched]
+        if self.penalties:
+            dropout = model.layers[-1].get_submodule("dropout")
+            hook = dropout.register_forward_hook(lambda _, inputs, output: last_outputs.extend((*inputs, output)))
+            hooks.append(hook)
+        output = model(inputs_BT, past_key_values=carried, reset_mask=reset_BT, use_cache=True)
+        for hook in hooks:
+            hook.remove()
+        return output.last_hidden_state, carried.detach().state
+
+    @property
+    def _head(self) -> nn.Linear:
+        return cast(nn.Linear, self.student.get_output_embeddings())
 
     def _head_weight(self) -> Tensor:
         """The head's weight; of a frozen head the same in the type of the step, converted once."""
-        weight_Vd: Tensor = self.student.lm_head.weight
+        weight_Vd: Tensor = self._head.weight
         device = weight_Vd.device.type
         if weight_Vd.requires_grad or not torch.is_autocast_enabled(device):
             return weight_Vd

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from distill.config import StageConfig, StudentConfig
 from distill.corpus import BlockBatch
 from distill.geometry import Basis, HiddenMetric, HiddenMoments, MetricSums
-from distill.student import LSTMCache, LSTMForCausalLM
+from distill.student import LSTMCache, LSTMForCausalLM, LSTMModel
 from distill.teacher import LanguageModel
 from distill.transplant import align_input, transplant_feed_forward, transplant_low_rank
 
@@ -34,7 +35,7 @@ class Groundwork:
     def __init__(
         self,
         teacher: LanguageModel,
-        student: LSTMForCausalLM,
+        student: PreTrainedModel,
         accelerator: Accelerator,
         read: Callable[[], Iterable[States]],
     ) -> None:
@@ -48,7 +49,7 @@ class Groundwork:
     @cached_property
     def basis(self) -> Basis | None:
         """Of a student whose head is narrower than the teacher's."""
-        rank = self.student.config.embedding_size
+        rank = cast(Any, self.student.get_output_embeddings()).weight.shape[1]
         if rank == self.teacher.width:
             return None
         moments = HiddenMoments(self.teacher.width, self.accelerator.device)
@@ -59,15 +60,18 @@ class Groundwork:
         return Basis.of(mean_d, covariance_dd, self._matrix("fisher" if linear else "identity", BASIS_RIDGE), rank)
 
     def initialise(self, student: StudentConfig, transplant: bool, occurrences_V: Tensor) -> None:
-        """What the student's random weights are replaced by; with `transplant` by what the teacher knows."""
+        """What an LSTM's random weights are replaced by; with `transplant` by what the teacher knows."""
+        if not student.is_fresh_lstm:
+            return
+        assert isinstance(self.student, LSTMForCausalLM)
         if transplant and self.basis is not None:
             transplant_low_rank(self.student, self.teacher, self.basis)
         if student.align_input:
             align_input(self.student, occurrences_V)
         if transplant and student.feed_forward_from == "teacher":
             transplant_feed_forward(self.student, self.teacher)
-        if transplant and student.fit_tokens:
-            self._fit_output()
+        if transplant and student.fit_tokens and not student.has_own_tokenizer:  # else there are no states to fit to
+            self._fit_output(self.student.model)
 
     def metric(self, stage: StageConfig) -> HiddenMetric | None:
         """The metric of a stage's hidden regression; None for the plain mean over dimensions."""
@@ -86,8 +90,8 @@ class Groundwork:
                 sums.add(hidden_Nd)
         return sums.matrix(ridge, self._total)
 
-    def _fit_output(self) -> None:
-        model, accelerator = self.student.model, self.accelerator
+    def _fit_output(self, model: LSTMModel) -> None:
+        accelerator = self.accelerator
         model.eval()
         fit = OutputFit(model.config.hidden_size, model.config.embedding_size, accelerator.device)
         features: list[Tensor] = []

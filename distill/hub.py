@@ -82,6 +82,8 @@ def stage(
         raise UserError(f"{recipe.folder}: expected a finished run with student/config.json, found none")
     if is_classification(result):
         pass  # ONNX files are for what is read token by token
+    elif _student_config(recipe)["model_type"] != LSTMConfig.model_type:
+        logger.info("no ONNX files are published: they are made of LSTM students only")
     elif importlib.util.find_spec("onnx") and importlib.util.find_spec("onnxruntime"):
         from distill.decoder import why_no_onnx, write_decoder
         from distill.export import write_onnx
@@ -199,6 +201,9 @@ def card_data(recipe: Recipe, result: dict[str, Any], license_id: str | None) ->
     task, side = "text-generation", "validation documents"
     if is_classification(result):
         task, side = "text-classification", "test texts"
+    special = ["distillation", "knowledge-distillation"]
+    if _student_config(recipe)["model_type"] == LSTMConfig.model_type:
+        special = ["lstm", *special, "custom_code"]
     results = [
         EvalResult(
             task_type=task,
@@ -220,7 +225,7 @@ def card_data(recipe: Recipe, result: dict[str, Any], license_id: str | None) ->
     return ModelCardData(
         library_name="transformers",
         pipeline_tag=task,
-        tags=["potstill", "lstm", "distillation", "knowledge-distillation", "custom_code"],
+        tags=["potstill", *special],
         license=license_id,
         base_model=teacher if _is_hub_id(teacher) else None,
         datasets=[corpus] if _is_hub_id(corpus) else None,
@@ -254,7 +259,7 @@ def _classifier_card(
 ) -> list[str]:
     """The paragraphs of a classifier's card."""
     student, corpus = result["student"], result["corpus"]
-    config = json.loads((recipe.folder / "student" / "config.json").read_text(encoding="utf-8"))
+    config = _student_config(recipe)
     load = (
         "```python\nfrom transformers import pipeline\n\n"
         f'classify = pipeline("text-classification", model="{place}", trust_remote_code=True)\n'
@@ -294,12 +299,15 @@ def _language_model_card(
     trade_off: str | None,
 ) -> list[str]:
     """The paragraphs of a language model's card."""
-    student = result["student"]
-    config = json.loads((recipe.folder / "student" / "config.json").read_text(encoding="utf-8"))
+    config, student, own_tokens = _student_config(recipe), result["student"], recipe.student.has_own_tokenizer
+    kind, shape, trust = f"a {config['model_type']}", "", ""
+    if config["model_type"] == LSTMConfig.model_type:
+        kind, shape = "an LSTM", f" ({_architecture(config)}) with constant memory per token"
+        trust = ", trust_remote_code=True"
     load = (
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f'tokenizer = AutoTokenizer.from_pretrained("{place}")\n'
-        f'model = AutoModelForCausalLM.from_pretrained("{place}", trust_remote_code=True)\n```'
+        f'model = AutoModelForCausalLM.from_pretrained("{place}"{trust})\n```'
     )
     draft = (
         "```python\n"
@@ -309,20 +317,20 @@ def _language_model_card(
     streamed = " of its beginning, the rest being streamed" if recipe.corpus.streaming else ""
     return [
         f"---\n{card_data(recipe, result, license_id).to_yaml()}\n---",
-        f"# {recipe.run.name}: an LSTM distilled from {recipe.teacher.model}",
-        f"A causal language model of {student['parameters'] / 1e6:.1f} M parameters ({_architecture(config)}) with "
-        f"constant memory per token, made with Potstill. Validation on "
-        f"{student['tokens']:,} tokens of {_text_name(recipe)}:",
+        f"# {recipe.run.name}: {kind} distilled from {recipe.teacher.model}",
+        f"A causal language model of {student['parameters'] / 1e6:.1f} M parameters{shape}, made with Potstill. "
+        f"Validation on {student['tokens']:,} tokens of {_text_name(recipe)}:",
         _markdown(table_rows(result)),
         "`ppl` is perplexity per token, `KL` is KL(teacher ‖ model) in nats, `top-1` how often both find the same "
-        "token likeliest, `tok/s` greedy decoding at batch 1.",
+        "token likeliest, `tok/s` greedy decoding at batch 1."
+        + (" Teacher and student have tokenizers of their own: compare them by bits/byte." if own_tokens else ""),
         *_control(result),
         *_picture(folder, "curves.png", "Validation loss over training"),
         *(["## Quality against speed", trade_off.strip()] if trade_off else []),
         *_picture(folder, "frontier.png", "Quality against speed"),
         "## Use",
         load,
-        *(["To draft for its teacher:", draft] if _is_hub_id(recipe.teacher.model) else []),
+        *(["To draft for its teacher:", draft] if _is_hub_id(recipe.teacher.model) and not own_tokens else []),
         *_onnx(folder, place, config),
         "## Where it comes from",
         f"- Teacher: {recipe.teacher.model}, licence {license_id or 'not stated'}, which this student carries.\n"
@@ -339,6 +347,11 @@ def _language_model_card(
     ]
 
 
+def _student_config(recipe: Recipe) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((recipe.folder / "student" / "config.json").read_text(encoding="utf-8"))
+    return found
+
+
 def _picture(folder: Path, name: str, title: str) -> list[str]:
     return [f"![{title}]({name})"] if (folder / name).is_file() else []
 
@@ -348,7 +361,7 @@ def _control(result: dict[str, Any]) -> list[str]:
         return []
     match = result["control"]["match"].replace("_", " ")
     return [
-        f"The control is the same LSTM from random weights, trained by cross-entropy alone at equal {match}; "
+        f"The control is the same architecture from random weights, trained by cross-entropy alone at equal {match}; "
         f"distillation gained {result['distillation_gain_nats']:+.3f} nats over it."
     ]
 

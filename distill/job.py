@@ -21,7 +21,10 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
+from distill.alignment import AlignedTeacher
+from distill.architecture import make_student
 from distill.classification import ClassificationJob
 from distill.config import CorpusConfig, Recipe, UserError
 from distill.corpus import Blocks, Corpus, Split, lane_order, load_corpus
@@ -38,9 +41,9 @@ from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
 from distill.targets import CachedTargets, LiveTargets, Targets, cached_blocks, make_encoding, open_targets
 from distill.teacher import LanguageModel, hardware_has_bf16, resolve_model, wrap
+from distill.tokenizer import student_tokenizer
 from distill.tracking import Tracker
 from distill.train import Training, micro_batch_size
-from distill.transplant import build_student
 from distill.vocabulary import trim_tokenizer
 from distill.writing import text_of, write_text
 from distill.written import TEXT_FIELD, WrittenText
@@ -91,8 +94,9 @@ class _Job:
             if parts.written and recipe.control.enabled and isinstance(parts.text_without_written, Blocks):
                 # UserError where the control would have too little text
                 lane_order(len(parts.text_without_written), lanes, epoch=0, seed=seed)
+            network = make_student(recipe, teacher, corpus.separator_id)
         with timed(self.wall_seconds, "teacher_validation"):
-            validator = Validator(recipe, corpus, teacher, self.accelerator)
+            validator = Validator(recipe, parts, self.accelerator)
         with timed(self.wall_seconds, "targets"):
             targets = parts.targets()
         written = parts.written.figures() if parts.written else None
@@ -105,13 +109,6 @@ class _Job:
         }
 
         with timed(self.wall_seconds, "student"):
-            network = build_student(
-                recipe.student,
-                teacher,
-                corpus.separator_id,
-                seed=recipe.run.seed,
-                transplant=recipe.student.transplant,
-            )
             training = Training(
                 "student", stages=recipe.stages, student=network, blocks=parts.text, targets=targets, **shared,
                 blocks_with_targets=parts.cached_blocks if recipe.targets.cache else None,
@@ -123,9 +120,7 @@ class _Job:
         students = {"student": network}
         if recipe.control.enabled:
             with timed(self.wall_seconds, "control"):
-                network = build_student(
-                    recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=False
-                )
+                network = make_student(recipe, teacher, corpus.separator_id, control=True)
                 control = Training(
                     "control", stages=(control_stage(recipe, progress),), student=network,
                     blocks=parts.text_without_written,
@@ -150,6 +145,8 @@ class _Job:
             if parts.vocabulary:
                 whole = validator.score_teacher(parts.whole_teacher, parts.whole_corpus.validation)
                 result["vocabulary"] = {**parts.vocabulary, "whole_teacher": whole.as_dict()}
+            if isinstance(teacher, AlignedTeacher):
+                result["tokenizer"] = teacher.figures()
             result["teacher"]["model"] = recipe.teacher.model
             result["samples"] = self._samples(models["student"], corpus.separator_id)
         result["student"]["tokens_trained"] = progress.now.tokens
@@ -227,9 +224,13 @@ class TeacherAndText:
         self.vocabulary: dict[str, int] = {}  # what was kept and cut, if anything
         if recipe.student.vocabulary_min_count is not None:
             self._trim_vocabulary(recipe.student.vocabulary_min_count)
+        if recipe.student.has_own_tokenizer:
+            self._align()
         check_stages(recipe, self.teacher)
         self.encoding = make_encoding(recipe.targets, self.teacher.vocab_size)
         if any("layer_mse" in stage.objective for stage in recipe.stages):
+            if isinstance(self.teacher.model, LSTMForCausalLM):
+                raise UserError("stages.objective: layer_mse needs a Transformer's layers, found an LSTM as teacher")
             blocks, depth = recipe.student.num_layers, self.teacher.model.config.get_text_config().num_hidden_layers
             layers = tuple(round((block + 1) * depth / blocks) for block in range(blocks))
             self.encoding = replace(self.encoding, layers=layers)
@@ -293,6 +294,17 @@ class TeacherAndText:
             self.vocabulary[f"{side}_tokens_before"] = len(getattr(whole, side).tokens)
             self.vocabulary[f"{side}_tokens"] = len(getattr(self.corpus, side).tokens)
 
+    def _align(self) -> None:
+        """Go on in the student's own tokens, in teacher and text; the whole ones are kept to be compared with."""
+        recipe, main = self.recipe, self.accelerator.is_main_process
+        with self.accelerator.main_process_first():
+            tokenizer = student_tokenizer(recipe.student, recipe.corpus, self.teacher.tokenizer, progress=main)
+            config = recipe.corpus
+            if config.separator not in tokenizer.get_vocab():  # it then starts documents with its own
+                config = config.model_copy(update={"separator": None})
+            self.corpus = load_corpus(config, tokenizer, progress=main)
+        self.teachers = AlignedTeacher.of(self.teacher, tokenizer, self.corpus, self.whole_corpus, recipe)
+
     def targets(self) -> Targets:
         """From the cache or the live teacher, as the recipe says."""
         return self.cached_targets() if self.recipe.targets.cache else LiveTargets(self.teachers, self.encoding)
@@ -313,9 +325,13 @@ class TeacherAndText:
 
 
 class Validator:
-    """Scores a student on the validation documents, each process its share, against the teacher's stored states."""
+    """Scores a student on the validation documents, each process its share, against the teacher's stored states.
 
-    def __init__(self, recipe: Recipe, corpus: Corpus, teacher: LanguageModel, accelerator: Accelerator) -> None:
+    A teacher with another tokenizer reads the same documents, and says nothing about the student's tokens.
+    """
+
+    def __init__(self, recipe: Recipe, parts: TeacherAndText, accelerator: Accelerator) -> None:
+        corpus, teacher = parts.corpus, parts.teacher
         self.evaluation, self.accelerator, self.tokenizer = recipe.evaluation, accelerator, teacher.tokenizer
         self.documents = select_documents(corpus.validation, recipe.evaluation.max_tokens)
         if len(self.documents.tokens) < accelerator.num_processes:
@@ -324,8 +340,13 @@ class Validator:
                 f"documents for {accelerator.num_processes} processes; expected one for each"
             )
         self.share = self._share_of(self.documents)
-        self.reference = self._read(teacher, self.share)
-        self.teacher_score = self._over_all(score_reference(self.reference, self.share))
+        self.reference: Reference | None = None
+        if isinstance(teacher, AlignedTeacher):
+            teacher = teacher.own
+            self.teacher_score = self.score_teacher(teacher, parts.whole_corpus.validation)
+        else:
+            self.reference = self._read(teacher, self.share)
+            self.teacher_score = self._over_all(score_reference(self.reference, self.share))
         uniform = torch.tensor(float(teacher.vocab_size)).log().item()
         if not self.teacher_score.nll_nats <= uniform + 1:
             raise UserError(
@@ -334,13 +355,15 @@ class Validator:
                 "belong together, or the text is none of its kind"
             )
 
-    def __call__(self, student: LSTMForCausalLM) -> Score:
+    def __call__(self, student: PreTrainedModel) -> Score:
         student.eval()
         model = wrap(student, self.tokenizer, "student")
+        window, context = reading_window(model, self.evaluation)
         local = score(
             model,
             self.share,
-            window=None,
+            window=window,
+            context=context,
             batch_tokens=self.evaluation.batch_tokens,
             reference=self.reference,
         )

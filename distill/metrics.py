@@ -92,17 +92,18 @@ class Score:
         return {
             "nll_nats": self.nll_nats,
             "perplexity": self.perplexity,
+            "bits_per_byte": self.bits_per_byte,
             "kl_to_teacher_nats": self.kl_to_teacher_nats,
             "top1_agreement": self.top1_agreement,
         }
 
     @property
     def in_words(self) -> str:
-        """For the log, of a student that was compared with its teacher."""
-        return (
-            f"{self.nll_nats:.4f} nats (perplexity {self.perplexity:.1f}), KL {self.kl_to_teacher_nats:.4f}, "
-            f"top-1 {self.top1_agreement:.3f}"
-        )
+        """For the log."""
+        compared = f"{self.bits_per_byte:.4f} bits a byte"
+        if self.kl_to_teacher_nats is not None:
+            compared = f"KL {self.kl_to_teacher_nats:.4f}, top-1 {self.top1_agreement:.3f}"
+        return f"{self.nll_nats:.4f} nats (perplexity {self.perplexity:.1f}), {compared}"
 
     def as_dict(self) -> dict[str, float | int]:
         """The figures as they stand in `result.json`."""

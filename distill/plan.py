@@ -30,6 +30,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 
+from distill.architecture import make_student
 from distill.command import guarded
 from distill.config import Length, Recipe, UserError
 from distill.job import TeacherAndText, Validator, leave, select_documents, start_accelerator
@@ -42,7 +43,6 @@ from distill.targets import LiveTargets, Targets, open_targets
 from distill.teacher import LanguageModel, wrap
 from distill.tracking import Tracker
 from distill.train import Rehearsal, Training
-from distill.transplant import build_student
 from distill.writing import is_written
 
 DEVICES = (1, 8, 64)
@@ -183,7 +183,7 @@ def measure(
         }
     )
     clock.lap()
-    validator = Validator(recipe, corpus, teacher, accelerator)
+    validator = Validator(recipe, parts, accelerator)
     share = validator.documents.targets / all_targets
     reference = clock.lap() / share
 
@@ -214,8 +214,7 @@ def measure(
         "tracker": Tracker(accelerator, recipe),
     }
     transplant = recipe.student.transplant
-    build: dict[str, Any] = {"seed": recipe.run.seed, "transplant": transplant}
-    network = build_student(recipe.student, teacher, corpus.separator_id, **build)
+    network = make_student(recipe, teacher, corpus.separator_id)
     training = Training(
         "student", stages=recipe.stages, student=network, targets=targets, blocks_with_targets=blocks,
         transplant=transplant, **shared,
@@ -231,7 +230,7 @@ def measure(
     control = None
     if recipe.control.enabled:
         stage = control_stage(recipe, Progress(now=Clock(1, 1, 60.0)))
-        other = build_student(recipe.student, teacher, corpus.separator_id, seed=recipe.run.seed, transplant=False)
+        other = make_student(recipe, teacher, corpus.separator_id, control=True)
         control = Training("control", stages=(stage,), student=other, **shared).rehearse(each)
     clock.lap()
     validator(network)

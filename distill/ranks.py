@@ -50,7 +50,9 @@ def measure(recipe_name: str, overrides: Sequence[str], ranks: Sequence[int]) ->
         teacher = parts.teacher
         if wrong := [rank for rank in ranks if not 1 <= rank <= teacher.width]:
             raise UserError(f"--ranks: expected 1 to the teacher's width of {teacher.width}, found {wrong}")
-        reference = Validator(recipe, parts.corpus, teacher, accelerator).reference
+        reference = Validator(recipe, parts, accelerator).reference
+        if reference is None:
+            raise UserError("student.tokenizer: ranks are those of the teacher's own head; remove it for this command")
         moments = HiddenMoments(teacher.width, teacher.head.weight_Vd.device)
         fisher = MetricSums(teacher.head, "fisher")
         lanes = recipe.run.batch_size

@@ -292,6 +292,8 @@ def print_result(result: dict[str, Any], folder: Path, console: Console | None =
         console.print(f"Soft targets of {served}, served. Teacher, KL and top-1 in the table are of the local teacher.")
     if teachers := result["targets"].get("teachers"):
         console.print(f"Soft targets of {teachers}, averaged. Teacher, KL and top-1 in the table are of the first.")
+    if "tokenizer" in result:
+        console.print("Teacher and student have tokenizers of their own: bits/byte compares them, ppl and nats do not.")
     for sample in result["samples"]:
         for kind in ("greedy", "sampled"):
             prompt, text = escape(sample["prompt"]), escape(" ".join(sample[kind].split()))
@@ -322,11 +324,15 @@ def classification_in_words(result: dict[str, Any]) -> str:
 
 def plot_curves(result: dict[str, Any], target: Path) -> None:
     """Validation loss, or a classifier's accuracy, of student and control over training time and over tokens, with the
-    teacher's as a line: on the same text, but for a classifier's, which is of the test."""
+    teacher's as a line: on the same text, but for a classifier's, which is of the test. Loss is per token, or per byte
+    where the teacher's tokens are others."""
     from matplotlib.figure import Figure
 
-    figure_of = "accuracy" if is_classification(result) else "nll_nats"
-
+    figure_of, unit = "nll_nats", "validation loss (nats per token)"
+    if is_classification(result):
+        figure_of, unit = "accuracy", "validation accuracy"
+    elif "tokenizer" in result:
+        figure_of, unit = "bits_per_byte", "validation loss (bits per byte)"
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     scales = (
@@ -345,8 +351,7 @@ def plot_curves(result: dict[str, Any], target: Path) -> None:
         axis.set_axisbelow(True)
         for side in ("top", "right"):
             axis.spines[side].set_visible(False)
-    of_classifier = figure_of == "accuracy"
-    axes[0].set_ylabel("validation accuracy" if of_classifier else "validation loss (nats per token)")
-    axes[1].legend(frameon=False, loc="lower right" if of_classifier else "upper right")
+    axes[0].set_ylabel(unit)
+    axes[1].legend(frameon=False, loc="lower right" if is_classification(result) else "upper right")
     figure.suptitle(result["name"], x=0.01, ha="left", fontsize=11)
     write_atomically(target, lambda path: figure.savefig(path, dpi=150, format="png"))

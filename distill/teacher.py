@@ -1,4 +1,4 @@
-"""The teacher: a frozen pretrained Transformer, and what it says about a block.
+"""The teacher: a frozen pretrained causal model, and what it says about a block.
 
 The model is loaded from the hub, a folder, a GGUF file or a file inside an installed package. Its logits
 are taken apart as head(final hidden state), which holds for nearly every architecture and is verified at
@@ -149,15 +149,19 @@ class LanguageModel:
         input_ids_BW = input_ids_BW.to(self.device)
         if self.kept_ids_V is not None:
             input_ids_BW = self.kept_ids_V[input_ids_BW]
-        if position_ids_BW is not None and not isinstance(self.model, LSTMForCausalLM):  # which counts for itself
-            extra["position_ids"] = position_ids_BW.to(self.device)
+        if position_ids_BW is not None:
+            position_ids_BW = position_ids_BW.to(self.device)
+            # An LSTM counts for itself, but has to be told where it begins anew.
+            recurrent = isinstance(self.model, LSTMForCausalLM)
+            extra |= {"reset_mask": position_ids_BW == 0} if recurrent else {"position_ids": position_ids_BW}
         with torch.inference_mode():
             return self.model.base_model(input_ids=input_ids_BW, use_cache=use_cache, **extra)
 
     def signal(self, batch: BlockBatch, encoding: Encoding) -> Signal:
         """What the teacher says about a batch of blocks; N = B * T rows in the order of the labels."""
         block_length = batch.inputs_BT.shape[1]
-        output = self._read(batch.window_BW, batch.positions_BW, output_hidden_states=bool(encoding.layers))
+        extra = {"output_hidden_states": True} if encoding.layers else {}
+        output = self._read(batch.window_BW, batch.positions_BW, **extra)
         hidden_Nd = output.last_hidden_state[:, -block_length:].flatten(0, 1)
         if not torch.isfinite(hidden_Nd).all():
             raise UserError(
@@ -174,15 +178,13 @@ class LanguageModel:
             return replace(signal, layers=tuple(layers))
         return signal
 
-    def check_window(self, window: int, packed: bool) -> None:
+    def check_window(self, window: int, packed: bool, role: str = "teacher") -> None:
         """Raise UserError where windows are longer than the model allows, or packed documents are not kept apart."""
         if window > self.longest_window:
             raise UserError(
-                f"teacher {self.name}: windows of {window} tokens (teacher.context + corpus.block_length) exceed its "
+                f"{role} {self.name}: windows of {window} tokens (teacher.context + corpus.block_length) exceed its "
                 f"limit of {self.longest_window}"
             )
-        if packed and isinstance(self.model, LSTMForCausalLM):
-            raise UserError(f"teacher {self.name}: a recurrent teacher does not keep packed documents apart; {OPTIONS}")
         if packed:
             # What stands in one document must not change the next one by a single bit.
             positions_1W = torch.cat([torch.arange(6), torch.arange(10)])[None]
@@ -191,7 +193,7 @@ class LanguageModel:
             other_1W[:, :6] = ids_1W[:, :6].flip(-1)
             second, same = (self.hidden(ids, positions_1W)[:, 6:] for ids in (ids_1W, other_1W))
             if not torch.equal(second, same):
-                raise UserError(f"teacher {self.name}: its attention does not keep packed documents apart; {OPTIONS}")
+                raise UserError(f"{role} {self.name}: its attention does not keep packed documents apart; {OPTIONS}")
 
 
 @contextmanager
@@ -294,7 +296,7 @@ def wrap(
 ) -> LanguageModel:
     """A network in memory as a LanguageModel: vocabulary checked, head found and verified."""
     vocab_size = _shared_vocabulary(network, tokenizer, f"{role} {name}")
-    wrapped = LanguageModel(network, tokenizer, _head(network, vocab_size), name, lockstep=lockstep)
+    wrapped = LanguageModel(network, tokenizer, head_of(network, vocab_size), name, lockstep=lockstep)
     ids_1W = torch.arange(8, device=wrapped.device)[None] % vocab_size
     with torch.inference_mode(), head_in_place(network):
         expected = network(input_ids=ids_1W).logits[..., :vocab_size].float()
@@ -417,8 +419,8 @@ def _shared_vocabulary(network: PreTrainedModel, tokenizer: PreTrainedTokenizerB
     return vocab_size
 
 
-def _head(network: PreTrainedModel, vocab_size: int) -> Head:
-    """The output layer with what some architectures put behind it."""
+def head_of(network: PreTrainedModel, vocab_size: int | None = None) -> Head:
+    """The output layer, or its first rows, with what some architectures put behind it."""
     output, config = network.get_output_embeddings(), network.config
     bias = getattr(output, "bias", None)
     scale = getattr(config, "logit_scale", None) or 1.0  # Cohere

@@ -29,7 +29,7 @@ from distill.recipe import load_recipe
 logger = logging.getLogger(__name__)
 IDENTITY = "wandb_id.json"
 START_SECONDS, FINISH_SECONDS = 60.0, 300.0  # to reach the tracker, and to hand over what is left at the end
-VALIDATION_FIGURES = ("nll_nats", "perplexity", "accuracy", "kl_to_teacher_nats", "top1_agreement")
+VALIDATION_FIGURES = ("nll_nats", "perplexity", "bits_per_byte", "accuracy", "kl_to_teacher_nats", "top1_agreement")
 
 
 class Tracker:

@@ -27,6 +27,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from distill.candidates import Candidates, CandidateSampler
 from distill.config import HIDDEN_TERMS, Recipe, StageConfig, UserError
@@ -44,7 +45,7 @@ from distill.signals import Encoding, HiddenSignal
 from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM, State
 from distill.targets import Targets
-from distill.teacher import LanguageModel
+from distill.teacher import LanguageModel, head_of
 from distill.tracking import Tracker
 
 
@@ -67,10 +68,10 @@ class Training(Loop):
         *,
         recipe: Recipe,
         stages: tuple[StageConfig, ...],
-        student: LSTMForCausalLM,
+        student: PreTrainedModel,
         blocks: Blocks | BlockStream,
         teacher: LanguageModel,
-        validate: Callable[[LSTMForCausalLM], Score],
+        validate: Callable[[PreTrainedModel], Score],
         accelerator: Accelerator,
         tracker: Tracker,
         targets: Targets | None = None,
@@ -90,7 +91,7 @@ class Training(Loop):
             tracker=tracker,
             validate_at_tokens=validate_at_tokens,
         )
-        self.student: LSTMForCausalLM = student
+        self.logit_scale = head_of(student).scale
         self.all_blocks = blocks
         self.blocks_with_targets = blocks if blocks_with_targets is None else blocks_with_targets
         self.blocks = self.blocks_with_targets  # of the stage at hand
@@ -105,7 +106,7 @@ class Training(Loop):
         self.own_lanes = range(accelerator.process_index * share, (accelerator.process_index + 1) * share)
         self.separator_id = int(self.first_blocks.tokens[0])  # which starts every document, and so the text
         self.tokens_per_step = self.lanes * recipe.corpus.block_length
-        self.states: dict[int, State] = {}  # carried, by micro-batch
+        self.states: dict[int, State] = {}  # carried, by micro-batch; a Transformer has none
         self.sampler: CandidateSampler | None = None
         self.writer: BlockWriter | None = None
         self.metric: HiddenMetric | None = None  # of hidden_mse in the stage at hand
@@ -197,15 +198,19 @@ class Training(Loop):
                 spent.teacher += time.perf_counter() - began
             last = number == len(batches) - 1
             with nullcontext() if last else accelerator.no_sync(model):
-                loss, parts, self.states[number] = model(
-                    batch.inputs_BT.to(accelerator.device),
+                recurrent = isinstance(self.student, LSTMForCausalLM)
+                inputs, starts = (batch.inputs_BT, reset_BT) if recurrent else (batch.window_BW, batch.positions_BW)
+                loss, parts, state = model(
+                    inputs.to(accelerator.device),
                     batch.labels_BT.to(accelerator.device),
-                    reset_BT.to(accelerator.device),
+                    starts.to(accelerator.device),
                     self.states.get(number),
                     signal,
                     objective,
                     candidates,
                 )
+                if state is not None:
+                    self.states[number] = state
                 # DDP averages over processes: undo that, then divide once by the tokens of the whole step.
                 accelerator.backward(loss * (accelerator.num_processes / self.tokens_per_step))
             for term, value in parts.items():
@@ -286,6 +291,7 @@ class Training(Loop):
     def _writer(self, stage: StageConfig) -> BlockWriter | None:
         if not stage.student_written:
             return None
+        assert isinstance(self.student, LSTMForCausalLM), "the recipe was checked"
         return BlockWriter(
             self.student,
             stage,
@@ -321,7 +327,7 @@ class Training(Loop):
             parameter.requires_grad_(parts.get(id(parameter), "body") not in resting)
             parameter.grad = None
         layer_width = self.teacher.width if "layer_mse" in stage.objective else None
-        with_loss = StudentWithLoss(student, layer_width, self.recipe.student.penalties)
+        with_loss = StudentWithLoss(student, layer_width, self.recipe.student.penalties, self.logit_scale)
         self.aids = {name: p for name, p in with_loss.named_parameters() if not name.startswith("student.")}
         embeddings = {key for key, part in parts.items() if part == "embedding"}
         optimizer = make_optimizer(stage, with_loss, embeddings)

@@ -21,7 +21,7 @@ from distill.config import StudentConfig, UserError
 from distill.geometry import Basis
 from distill.sharding import whole
 from distill.student import LSTMConfig, LSTMForCausalLM, LSTMForSequenceClassification
-from distill.teacher import LanguageModel, resolve_model, without_load_report
+from distill.teacher import LanguageModel, head_of, resolve_model, without_load_report
 
 ARCHITECTURE = ("hidden_size", "num_layers", "cell", "attention_window", "feed_forward_size")
 DROPOUTS = ("embedding_dropout", "input_dropout", "output_dropout", "variational_dropout", "recurrent_dropout")
@@ -82,13 +82,7 @@ def build_student(
         torch.manual_seed(seed)
         student = LSTMForCausalLM(shape)
     if transplant and not narrow:
-        with torch.no_grad():
-            student.model.embed_tokens.weight.copy_(embedding_Vd)
-            if not tied:
-                # A softcap is left out and a scale folded in: the student's head is plain.
-                student.lm_head.weight.copy_(teacher.head.weight_Vd.float() * teacher.head.scale)
-            if teacher.head.bias_V is not None:
-                student.lm_head.bias.copy_(teacher.head.bias_V * teacher.head.scale)
+        take_over(student, teacher)
     return student
 
 
@@ -159,6 +153,28 @@ def _started_from(model: str, config: StudentConfig, shape: dict[str, Any]) -> L
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"classification.start_from: {model}: {reason}") from None
     return cast(LSTMForSequenceClassification, student)
+
+
+@torch.no_grad()
+def take_over(student: PreTrainedModel, teacher: LanguageModel) -> None:
+    """Copy the teacher's embedding, head and head's bias, which must be as wide; UserError where they are not."""
+    embedding, head = cast(Any, student.get_input_embeddings()), cast(Any, student.get_output_embeddings())
+    embedding_Vd, weight_Vd, bias_V = teacher.embedding_Vd, teacher.head.weight_Vd, teacher.head.bias_V
+    for ours_Vd, theirs_Vd in ((embedding.weight, embedding_Vd), (head.weight, weight_Vd)):
+        if ours_Vd.shape != theirs_Vd.shape:
+            raise UserError(
+                f"student.transplant: the student's embedding or head is {ours_Vd.shape[1]} wide, the teacher's "
+                f"{theirs_Vd.shape[1]}; set student.transplant=false"
+            )
+    if bias_V is not None and head.bias is None:
+        raise UserError("student.transplant: the teacher's head has a bias, the student's none; set it to false")
+    embedding.weight.copy_(embedding_Vd)
+    # A softcap is left out and a scale folded in: an LSTM's head is plain.
+    scale = teacher.head.scale / head_of(student).scale
+    if head.weight is not embedding.weight:
+        head.weight.copy_(weight_Vd.float() * scale)
+    if bias_V is not None:
+        head.bias.copy_(bias_V * scale)
 
 
 @torch.no_grad()

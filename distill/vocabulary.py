@@ -43,7 +43,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerBase, occurrences: np.ndarray, 
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
     model = state.get("model", {})
-    alphabet = set(ByteLevel.alphabet()) if _byte_level(state) else set()
+    alphabet = set(ByteLevel.alphabet()) if is_byte_level(state) else set()
     if model.get("byte_fallback"):
         alphabet |= {f"<0x{byte:02X}>" for byte in range(256)}
     if model.get("type") != "BPE" or not alphabet:
@@ -96,7 +96,8 @@ def _with_parts(tokens: set[str], merges: list[tuple[str, str]]) -> set[str]:
     return found
 
 
-def _byte_level(state: dict[str, Any]) -> bool:
+def is_byte_level(state: dict[str, Any]) -> bool:
+    """Whether the tokens of a tokenizer, given as its JSON, are bytes written as characters."""
     return any(part.get("type") == "ByteLevel" for part in _components(state.get("pre_tokenizer")))
 
 

@@ -32,6 +32,8 @@ def gather(folders: Sequence[Path]) -> Figures:
     latency = [run.found["latency"] for run in runs]
     times = {found["measured"] for found in latency if found}
     mark_dominated(points)
+    own_tokens = any("tokenizer" in run.result for run in runs)
+    loss, unit = ("bits_per_byte", "bits a byte") if own_tokens else ("nll_nats", "nats a token")
     report = {
         "sentence": sentence(points),
         "runs": [run.folder.name for run in runs],
@@ -40,7 +42,7 @@ def gather(folders: Sequence[Path]) -> Figures:
         "notes": [],
         "points": points,
         "curves": {run.folder.name: run.result["curves"] for run in runs},
-        "teacher_nll_nats": runs[0].result["teacher"]["nll_nats"],
+        "curve_loss": {"figure": loss, "unit": unit, "teacher": runs[0].result["teacher"][loss]},
         "by_context": [line for n, run in enumerate(runs) for line in run.memory("context", n == 0)],
         "recall": [line for n, run in enumerate(runs) for line in run.memory("recall", n == 0)],
         "latency_by_context": [line for n, run in enumerate(runs) for line in run.latency_lines(n == 0)],
@@ -52,6 +54,8 @@ def gather(folders: Sequence[Path]) -> Figures:
         report["notes"].append("Speeds were not all measured in one go: compare them with caution.")
     if len({run.corpus for run in runs}) > 1:
         report["notes"].append("Quality was not measured on the same text for all runs: it does not compare.")
+    if own_tokens:
+        report["notes"].append("Tokenizers differ: bits a byte compare models, nats and perplexity a token do not.")
     for line in report["latency_by_context"]:
         if line["left_out"]:
             contexts = ", ".join(f"{context:,}" for context in line["left_out"])

@@ -25,6 +25,7 @@ import torch
 from distill.checkpoint import write_atomically, write_json
 from distill.config import UserError
 from distill.output import print_json, print_table
+from distill.recipe import load_recipe
 from distill.teacher import hardware_has_bf16
 from distill.tracking import log_evaluation
 from eval.agreement import main as agreement
@@ -58,6 +59,8 @@ def measure_missing(folders: Sequence[Path]) -> None:
         if protocol in cannot:
             continue
         lacking = [str(folder) for folder in folders if read_results(folder, protocol) is None]
+        if protocol in ("agreement", "generate"):  # which compare token by token
+            lacking = [folder for folder in lacking if not load_recipe(folder).student.has_own_tokenizer]
         if lacking and main(list(map(str, folders)) if protocol == "latency" else lacking):
             raise UserError(f"eval.{protocol} could not be measured, as said above")
 

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor
+from transformers import AutoConfig
 
 from distill.config import UserError
 from distill.decode import find_student, load_decoder
 from distill.packaged import PREFIX, resolve_package
 from distill.sampling import Sampler
-from distill.student import LSTMCache, LSTMForCausalLM, State
+from distill.student import LSTMCache, LSTMConfig, State
 from distill.teacher import LanguageModel, hardware_has_bf16, resolve_model
 from eval.command import Subject
 
@@ -210,9 +211,13 @@ RUNTIMES: dict[str, dict[str, Opener]] = {
 
 def runtimes_of(subject: Subject) -> dict[str, Opener]:
     """The runtimes that a model may run in."""
-    if subject.role == "teacher":
-        return RUNTIMES["transformer"]
-    if subject.role == "student":
-        return RUNTIMES["student"]
-    kind = "student" if isinstance(subject.load().model, LSTMForCausalLM) else "transformer"
-    return RUNTIMES[kind]
+    config = subject.config
+    source = resolve_model(config.model, subject.role)
+    try:
+        found = AutoConfig.from_pretrained(
+            source, revision=config.revision, trust_remote_code=config.trust_remote_code
+        ).model_type
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{subject.role} {config.model}: cannot be loaded: {reason}") from None
+    return RUNTIMES["student" if found == LSTMConfig.model_type else "transformer"]
