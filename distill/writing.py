@@ -44,7 +44,7 @@ from distill.sampling import Sampler
 from distill.teacher import LanguageModel
 from distill.written import MANIFEST, TEXT_FIELD, WrittenDocument, WrittenText
 
-BATCHES_PER_SHARD = 8  # rows run dry at a shard's end, and a shard begun is lost when the process is stopped
+BATCHES_PER_SHARD = 4  # rows run dry at the end of a shard, and one that was begun is lost when the process is stopped
 SLAB = 1.25  # places in the slab for each token of the longest document
 Prompts = Mapping[int, list[int]]  # the tokens that each document begins with, the separator first
 

@@ -36,7 +36,7 @@ from distill.teacher import LanguageModel, load_language_model, wrap
 from distill.writing import TeacherWriter, ends_of, text_of, write_text, written_folder
 from distill.written import WrittenDocument, WrittenText
 
-WRITING = "writing={documents: 40, max_tokens: 8, batch_size: 2, prompt_tokens: 2, seed: 5}"
+WRITING = "writing={documents: 40, max_tokens: 8, batch_size: 4, prompt_tokens: 2, seed: 5}"
 CPU = torch.device("cpu")
 
 
