@@ -32,7 +32,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install install-dev distill frontier smoke test check check-mirror fuzz faults audit docs lock clean FORCE \
-	bench-loss bench-train bench-cache bench-ablation bench-quality bench-decode bench-speculative \
+	bench-loss bench-train bench-cache bench-ablation bench-quality bench-methods bench-decode bench-speculative \
 	bench-scaling bench-streaming bench-cells
 
 help:  ## list the targets and their variables
@@ -104,6 +104,9 @@ bench-ablation: install  ## what each part of the student's initialisation is wo
 
 bench-quality: install  ## validation loss at equal wall time: ours, control, KL without transplant; up to an hour
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.quality $(ARGS)
+
+bench-methods: install  ## what each method and each kind of student buys, and recipes/best.yaml; up to 90 minutes
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.methods $(ARGS)
 
 bench-decode: install .venv-llama/.done  ## speed of decoding: the student, its teacher in llama.cpp and transformers; after make distill
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.decode $(ARGS)

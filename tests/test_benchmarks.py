@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import World, run_command
 
-from benchmarks import ablation, quality, scaling, train
+from benchmarks import ablation, methods, quality, scaling, train
 from distill.config import UserError
+from distill.recipe import load_recipe
 
 TINY = ("targets.k=8", "targets.samples=4")
 
@@ -150,6 +151,36 @@ def test_bench_ablation_by_hand(
     assert result["equal_tokens"] == 200 and len(result["rows"]) == len(ablation.VARIANTS)
     assert result["rows"][1]["bits_per_byte"] == pytest.approx(1.0)
     assert result["rows"][1]["bits_per_byte_at_equal_tokens"] == pytest.approx(5 / 3)
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_is_a_recipe(name: str) -> None:
+    """Of the length that was asked for; what reads no cache builds none."""
+    method = methods.METHODS[name]
+    recipe = load_recipe(str(methods.RECIPE), method.overrides(2.0, cached=True))
+    assert sum(stage.length.minutes or 0 for stage in recipe.stages) == pytest.approx(2.0)
+    assert recipe.targets.cache == (any(stage.needs_teacher for stage in recipe.stages) and not method.live)
+
+
+def test_bench_methods_by_hand(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Medians are over seeds, best's figures its distance to the teacher; what has no KL has a dash."""
+
+    def fake(benchmark: str, name: str, recipe: str, overrides: list[str]) -> dict:
+        seed = 0 if name == "best" else int(name[-1])
+        student = {"nll_nats": 5.0 + seed**2, "tokens_trained": 600, "train_seconds": 60.0, "teacher_seconds": 15.0}
+        return {"teacher": {"nll_nats": 3.0, "bits_per_byte": 1.0}, "student": {**student, "parameters": 7}}
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(methods, "run_recipe", fake)
+    assert methods.main(["--seeds", "0", "1", "2", "--only", "GRU", "KL alone"]) == 0
+    output = capsys.readouterr().out
+    result = last_line(output)
+    assert list(result["medians"]) == ["forward KL alone", "GRU", "recipes/best.yaml"]
+    assert result["medians"]["GRU"]["nll_nats"] == 6.0 and result["medians"]["GRU"]["tokens_per_second"] == 10
+    assert result["best.nll_gap_to_teacher_nats"] == 2.0 and result["best.parameters"] == 7
+    assert "25%, 0%" in output and "–" in output
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory is read from /proc")
