@@ -144,12 +144,17 @@ def _explain(error: ValidationError, source: str) -> str:
         elif problem["type"] == "missing":
             lines.append(f"{where}: required, and not given")
         elif problem["type"] == "value_error":
-            found = "" if isinstance(problem["input"], dict) else f"; found {problem['input']!r}"
+            found = "" if isinstance(problem["input"], dict) else f"; found {_shown(problem['input'])}"
             lines.append(f"{where + ': ' if where else ''}{problem['ctx']['error']}{found}")
         else:
-            lines.append(f"{where}: {problem['msg']}; found {problem['input']!r}")
+            lines.append(f"{where}: {problem['msg']}; found {_shown(problem['input'])}")
     plural = "problem" if len(lines) == 1 else "problems"
     return "\n  ".join([f"{source}: {len(lines)} {plural} in the recipe", *lines])
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}... ({len(text):,} characters)"
 
 
 def _fields_at(loc: tuple[int | str, ...]) -> list[str]:

@@ -29,7 +29,7 @@ STAGES = (
     RAMPED,
 )
 LENGTHS = (
-    f"stages={json.dumps(STAGES)}",
+    f"stages={json.dumps(STAGES, separators=(',', ':'))}",  # one word in any shell
     "evaluation.every.steps=7",
     "control=false",
 )
