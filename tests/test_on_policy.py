@@ -186,7 +186,7 @@ def test_the_gradient_is_that_of_the_written_tokens(open_training: Any, objectiv
     batches, _ = training._batches(0)
     gradients = lambda: {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}  # noqa: E731
     training.update = lambda *_: (found.update(gradients()), torch.ones(()))[1]  # in place of the optimizer
-    sums, _, spent = take_step()
+    sums, _, spent, _ = take_step()
     assert spent.writing > 0 and spent.teacher > 0
     student.zero_grad()
     student.train()
