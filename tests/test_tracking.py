@@ -54,7 +54,8 @@ def rows_of(file: Path, kind: str) -> list[dict[str, object]]:
 
 
 def test_offline_run_holds_the_curves(world: World, tmp_path: Path) -> None:
-    run = run_command(str(world.recipe), f"run.output_dir={tmp_path}", "tracking=wandb", "tracking.every=2")
+    words = (str(world.recipe), f"run.output_dir={tmp_path}", "tracking=wandb", "tracking.every=2")
+    run = run_command(*words, cold=True)  # wandb's service ends with the interpreter
     assert run.returncode == 0, run.stderr
     assert "wandb sync" in run.stderr
     folder = tmp_path / "tiny"
@@ -77,10 +78,10 @@ def test_offline_run_holds_the_curves(world: World, tmp_path: Path) -> None:
 def test_evaluations_go_into_the_same_run(world: World, tmp_path: Path) -> None:
     """Resumed by its id; also where the folder has been moved since."""
     arguments = (str(world.recipe), f"run.output_dir={tmp_path}", "tracking=wandb", "control=false")
-    assert run_command(*arguments).returncode == 0
+    assert run_command(*arguments, cold=True).returncode == 0
     folder = (tmp_path / "tiny").rename(tmp_path / "moved")
     before = set(folder.rglob("*.wandb"))
-    found = run_command(str(folder), launcher=("-m", "eval.perplexity"))
+    found = run_command(str(folder), launcher=("-m", "eval.perplexity"), cold=True)
     assert found.returncode == 0, found.stderr
     (file,) = set(folder.rglob("*.wandb")) - before
     assert file.name == before.pop().name, "the same id"
@@ -92,7 +93,8 @@ def test_evaluations_go_into_the_same_run(world: World, tmp_path: Path) -> None:
     assert summary[f"eval/perplexity/student/{corpus}/bits_per_byte"] == row["bits_per_byte"]
     # Its report: a table of all points, and the pictures.
     before = set(folder.rglob("*.wandb"))
-    report = run_command(str(folder), "--output", str(tmp_path / "report"), launcher=("-m", "eval.report"))
+    words = (str(folder), "--output", str(tmp_path / "report"))
+    report = run_command(*words, launcher=("-m", "eval.report"), cold=True)
     assert report.returncode == 0, report.stderr
     (file,) = set(folder.rglob("*.wandb")) - before
     logged = {key for row in rows_of(file, "history") for key in row}
