@@ -54,13 +54,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def denormals() -> Iterator[None]:
     """Bring them back after a run in this process, which flushes them: hypothesis refuses to make numbers without."""
-    import torch
-
     yield
-    torch.set_flush_denormal(False)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 @pytest.fixture

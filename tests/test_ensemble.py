@@ -23,8 +23,6 @@ from distill.recipe import load_recipe
 from distill.signals import Encoding, HiddenSignal, MixedSignal, SparseSignal
 from distill.targets import LiveTargets
 
-pytestmark = pytest.mark.usefixtures("denormals")
-
 
 def make_recipe(world: World, folder: Path, other: Path, *overrides: str) -> Recipe:
     """The tiny recipe with a second teacher of three times the first one's weight."""

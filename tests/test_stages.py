@@ -16,8 +16,6 @@ from distill.job import TeacherAndText, run, start_accelerator
 from distill.recipe import load_recipe
 from distill.stages import check_stages
 
-pytestmark = pytest.mark.usefixtures("denormals")
-
 
 def test_all_stages_are_checked_before_any_begins(world: World, tmp_path: Path) -> None:
     recipe = load_recipe(

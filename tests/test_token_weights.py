@@ -18,8 +18,6 @@ from distill import objective
 from distill.job import run
 from distill.recipe import load_recipe
 
-pytestmark = pytest.mark.usefixtures("denormals")
-
 
 def test_weights_of_tokens_have_mean_one(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where all tokens weigh the same, however much, a run is that without weights."""
