@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from distill.config import NUMBER_TAG, RAMP_TAG, Length, Ramp, Recipe, UserError, section_of
+from distill.contradictions import contradictions
 from distill.redact import redact
 
 MOST_VALUES, MOST_LEVELS = 100_000, 50  # of a recipe: a few lines of nested anchors can stand for billions
@@ -51,9 +52,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             "Leave it in the environment, where the libraries look for it"
         )
     try:
-        return Recipe.model_validate(raw)
+        recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        raise UserError(_explain(error, str(file))) from None
+        raise _problems(file, _explain(error)) from None
+    if found := contradictions(recipe):
+        raise _problems(file, found)
+    return recipe
+
+
+def _problems(file: Path, lines: Sequence[str]) -> UserError:
+    plural = "problem" if len(lines) == 1 else "problems"
+    return UserError("\n  ".join([f"{file}: {len(lines)} {plural} in the recipe", *lines]))
 
 
 def _secrets(value: Any, place: str = "") -> Iterator[str]:
@@ -131,8 +140,8 @@ def _long_form(name: str, short: Any) -> dict[str, Any]:
     return {SHORT_FORMS[name]: short} if name in SHORT_FORMS and short is not None else {}
 
 
-def _explain(error: ValidationError, source: str) -> str:
-    """All problems of a recipe, one a line: field, value, constraint."""
+def _explain(error: ValidationError) -> list[str]:
+    """All problems of a recipe, each with field, value and constraint."""
     lines = []
     for problem in error.errors():
         where = ".".join(str(part) for part in problem["loc"] if part not in (NUMBER_TAG, RAMP_TAG))
@@ -148,8 +157,7 @@ def _explain(error: ValidationError, source: str) -> str:
             lines.append(f"{where + ': ' if where else ''}{problem['ctx']['error']}{found}")
         else:
             lines.append(f"{where}: {problem['msg']}; found {_shown(problem['input'])}")
-    plural = "problem" if len(lines) == 1 else "problems"
-    return "\n  ".join([f"{source}: {len(lines)} {plural} in the recipe", *lines])
+    return lines
 
 
 def _shown(value: Any) -> str:

@@ -58,7 +58,7 @@ def open_training(world: World, tmp_path: Path) -> Any:
         training = Training(
             "student", recipe=recipe, stages=recipe.stages, student=student, blocks=parts.text, teacher=parts.teacher,
             validate=lambda _: Score(1.0, 1, 1, 1, 1.0, 1), accelerator=accelerator,
-            tracker=Tracker(accelerator, recipe), targets=LiveTargets(parts.teacher, parts.encoding),
+            tracker=Tracker(accelerator, recipe), targets=LiveTargets(parts.teachers, parts.encoding),
         )  # fmt: skip
         return training, training.begin(recipe.stages[0])[1]
 
@@ -176,13 +176,29 @@ def documents_of(tokens: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize(
-    "objective", [{"forward_kl": 0.8, "cross_entropy": 0.2}, {"reverse_kl": 0.5, "hidden_mse": 1.0}]
+    ("objective", "fields", "two_teachers"),
+    [
+        ({"forward_kl": 0.8, "cross_entropy": 0.2}, {}, False),
+        ({"reverse_kl": 0.5, "hidden_mse": 1.0}, {}, False),
+        ({"forward_kl": 0.8, "cross_entropy": 0.2}, {"token_weights": "teacher_entropy"}, False),
+        ({"reverse_kl": {"from": 0.8, "to": 0.1}, "cross_entropy": 0.2}, {"temperature": {"from": 2, "to": 1}}, False),
+        ({"reverse_kl": 0.8, "cross_entropy": 0.2}, {}, True),
+    ],
+    ids=["mixture", "hidden states", "weighted tokens", "ramps", "two teachers"],
 )
-def test_the_gradient_is_that_of_the_written_tokens(open_training: Any, objective: dict[str, float]) -> None:
-    """By hand, piece by piece: student and teacher read each document of a written block alone, from nothing."""
-    stage = {**STAGE, "objective": objective, "written_prompt": 14}  # so long that documents begin in it
-    training, take_step = open_training(stage, run__micro_batch_size=4, corpus__block_length=24)
-    student, teacher, found = training.student, training.teacher, {}
+def test_the_gradient_is_that_of_the_written_tokens(
+    open_training: Any, other_weights: Path, objective: dict[str, Any], fields: dict[str, Any], two_teachers: bool
+) -> None:
+    """By hand, piece by piece: student and teachers read each document of a written block alone, from nothing."""
+    stage = {**STAGE, "objective": objective, "written_prompt": 14, **fields}  # so long that documents begin in it
+    others = [{"model": str(other_weights), "dtype": "fp32", "weight": 3}] if two_teachers else []
+    training, take_step = open_training(
+        stage, run__micro_batch_size=4, corpus__block_length=24, other_teachers=json.dumps(others)
+    )
+    student, teachers, found = training.student, training.targets.teacher, {}
+    members = teachers.members if two_teachers else (teachers,)
+    at_start = lambda value: value["from"] if isinstance(value, dict) else value  # noqa: E731
+    temperature = at_start(fields.get("temperature", 1))
     batches, _ = training._batches(0)
     gradients = lambda: {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}  # noqa: E731
     training.update = lambda *_: (found.update(gradients()), torch.ones(()))[1]  # in place of the optimizer
@@ -190,32 +206,41 @@ def test_the_gradient_is_that_of_the_written_tokens(open_training: Any, objectiv
     assert spent.writing > 0 and spent.teacher > 0
     student.zero_grad()
     student.train()
-    is_written, pieces, loss = torch.from_numpy(written_lanes(8, 0.5)), 0, torch.zeros(())
+    is_written, pieces = torch.from_numpy(written_lanes(8, 0.5)), 0
+    loss, weights = torch.zeros(()), torch.zeros(())
     inputs, labels = (torch.cat([getattr(b, name) for b, _ in batches]) for name in ("inputs_BT", "labels_BT"))
     assert bool((labels[is_written] == -1).all()) and bool((labels[~is_written] >= 0).all())
-    signal = [training.targets.signal(batch).hidden_Nd for batch, _ in batches]
-    teacher_LTd = torch.cat(signal).unflatten(0, (8, 24))
+    signals = [training.targets.signal(batch) for batch, _ in batches]
+    of_text = [
+        torch.cat([(s.parts[number] if two_teachers else s).hidden_Nd for s in signals]).unflatten(0, (8, 24))
+        for number in range(len(members))
+    ]
     for lane in range(8):
-        for_teacher, outputs = [], []
-        for document in documents_of(inputs[lane]) if is_written[lane] else [inputs[lane]]:
-            reset = None if is_written[lane] else torch.cat([b.reset_BT for b, _ in batches])[lane : lane + 1]
-            outputs.append(student.model(document[None], reset_mask=reset).last_hidden_state[0])
-            for_teacher.append(teacher.hidden(document[None])[0].clone())
-            pieces += bool(is_written[lane])
-        z_Td = torch.cat(outputs)
-        hidden_Td = torch.cat(for_teacher) if is_written[lane] else teacher_LTd[lane].clone()
-        log_q_TV = F.log_softmax(student.lm_head(z_Td), -1)
-        log_p_TV = F.log_softmax(teacher.head.logits(hidden_Td), -1)
+        documents = documents_of(inputs[lane]) if is_written[lane] else [inputs[lane]]
+        reset = None if is_written[lane] else torch.cat([b.reset_BT for b, _ in batches])[lane : lane + 1]
+        z_Td = torch.cat([student.model(one[None], reset_mask=reset).last_hidden_state[0] for one in documents])
+        pieces += len(documents) if is_written[lane] else 0
+        p_TV = torch.zeros(())
+        for member, share, text_LTd in zip(members, (0.25, 0.75) if two_teachers else (1.0,), of_text, strict=True):
+            read = [member.hidden(one[None])[0].clone() for one in documents] if is_written[lane] else [text_LTd[lane]]
+            hidden_Td = torch.cat(read).clone()
+            p_TV = p_TV + share * torch.softmax(member.head.logits(hidden_Td) / temperature, -1)
+        logits_TV = student.lm_head(z_Td)
+        log_p_TV, log_q_TV = p_TV.log(), F.log_softmax(logits_TV / temperature, -1)
+        weight_T = torch.special.entr(p_TV).sum(-1) if "token_weights" in fields else torch.ones(24)
         terms = {
-            "forward_kl": (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(),
-            "reverse_kl": (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum(),
-            "hidden_mse": ((z_Td - hidden_Td) ** 2).mean(-1).sum(),
-            "cross_entropy": F.nll_loss(log_q_TV, labels[lane], ignore_index=-1, reduction="sum"),
+            "forward_kl": temperature**2 * (p_TV * (log_p_TV - log_q_TV)).sum(-1),
+            "reverse_kl": temperature**2 * (log_q_TV.exp() * (log_q_TV - log_p_TV)).sum(-1),
+            "hidden_mse": ((z_Td - hidden_Td) ** 2).mean(-1),
+            "cross_entropy": F.cross_entropy(logits_TV, labels[lane], ignore_index=-1, reduction="none"),
         }
-        loss = loss + sum(weight * terms[name] for name, weight in objective.items())
+        loss = loss + sum(at_start(share) * (weight_T * terms[name]).sum() for name, share in objective.items())
+        weights = weights + weight_T.sum()
     assert pieces > 4, "documents begin inside written blocks"
-    (loss / (8 * 24)).backward()
-    assert sum(objective[name] * float(value) for name, value in sums.items()) == pytest.approx(loss.item(), rel=1e-5)
+    mean = loss / weights
+    mean.backward()
+    logged = sum(at_start(share) * float(sums[name]) for name, share in objective.items()) / (8 * 24)
+    assert logged == pytest.approx(mean.item(), rel=1e-5)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(
             found[name], parameter.grad, rtol=1e-3, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
