@@ -7,7 +7,7 @@ items by number:
 
 Here are its models, each field with its description, unit and bounds; `distill/contradictions.py` says what several
 fields cannot be together; `distill/recipe.py` reads files and overrides into them and checks both. The descriptions are
-the documentation: `docs/recipe.md` and `recipes/schema.json` are made from them (`python -m distill.reference --write`).
+the documentation: `docs/recipe.md` and `recipes/schema.json` are made from them (`make docs`).
 """
 
 from __future__ import annotations
