@@ -6,7 +6,8 @@ A round: the student drafts n tokens that may come next, the teacher reads them 
 choices are followed through the draft for as long as they are found there; the first that is not ends the round.
 Every token is thus chosen by the teacher, greedily or by sampling, from its own distribution: drafting changes the
 speed and nothing else. Reading n + 1 tokens costs a CPU little more than reading one, because weights are loaded once
-(Leviathan, Kalman and Matias, ICML 2023, arXiv 2211.17192).
+(Leviathan, Kalman and Matias, ICML 2023, arXiv 2211.17192), if they lie as a product of a few rows wants them
+(`packed`: else two tokens can take twice as long as one).
 
 A draft is a chain of the likeliest tokens or a tree: starting from nothing, the continuation to which the student
 gives the highest probability of all that are open is added, n times. A sure student makes a long chain of it, an
@@ -23,6 +24,7 @@ Legend: V vocabulary, n drafted tokens, T = n + 1 positions that the teacher rea
 from __future__ import annotations
 
 import argparse
+import copy
 import heapq
 import sys
 import time
@@ -32,6 +34,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import DynamicCache
 
 from distill.command import guarded
@@ -189,6 +192,41 @@ def _keep(cache: DynamicCache, before: int, path: Sequence[int]) -> None:
         layer.keys, layer.values = (part.index_select(2, kept.to(part.device)) for part in (layer.keys, layer.values))
 
 
+class PackedLinear(nn.Module):
+    """A linear layer at rest, its weight laid out as oneDNN reads it fastest for a few rows at a time.
+
+    torch lays a weight out anew, or multiplies it as it lies, in every call; with a few rows that takes longer than the
+    products. The operators are those that torch.compile puts in the place of a frozen layer.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 8)
+        self.bias = linear.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], ""))
+
+
+def packed(model: Any) -> Any:
+    """The same model with packed linear layers, for inference; all other weights are shared with the given one. Where
+    oneDNN has no arithmetic for its type or device, the model itself."""
+    like = next(model.parameters())
+    bf16 = like.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if (
+        like.device.type != "cpu"
+        or not torch.backends.mkldnn.is_available()
+        or not (like.dtype == torch.float32 or bf16)
+    ):
+        return model
+    model = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, PackedLinear(child))
+    return model
+
+
 def teacher_alone(teacher: Any, prompt: Sequence[int], new_tokens: int, **options: Any) -> list[int]:
     """The teacher's own `generate`, greedy and past any end of text; `assistant_model` may be among the options."""
     prompt_1T = torch.tensor([list(prompt)], device=teacher.device)
@@ -215,8 +253,10 @@ def measure(
         "teacher alone": lambda prompt, tokens: (teacher_alone(teacher.model, prompt, tokens), Count())
     }
 
+    reader = packed(teacher.model)
+
     def drafted(size: int, width: int) -> Callable[[Sequence[int], int], tuple[list[int], Count]]:
-        return lambda prompt, tokens: speculate(teacher.model, drafter, prompt, tokens, size, Sampler(0), width)
+        return lambda prompt, tokens: speculate(reader, drafter, prompt, tokens, size, Sampler(0), width)
 
     ways["teacher alone, this loop"] = drafted(0, 1)
     ways |= {f"chains of {size}": drafted(size, 1) for size in chains}

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
 from distill.sampling import Sampler
 from distill.torch_decoder import TorchDecoder
-from eval.speculative import Draft, speculate, teacher_alone
+from eval.speculative import Draft, PackedLinear, packed, speculate, teacher_alone
 
 V = 64
 
@@ -41,9 +41,30 @@ def test_the_text_is_the_teachers(teacher, folder, size, width):
     drafter = TorchDecoder(folder, threads=1)
     for prompt in ([5], [0, 7, 9], list(range(1, 20))):
         expected = teacher_alone(teacher, prompt, 40)
-        written, count = speculate(teacher, drafter, prompt, 40, size, Sampler(0), width)
-        assert written == expected
-        assert count.rounds + count.accepted == 40
+        for reader in (teacher, packed(teacher)):
+            written, count = speculate(reader, drafter, prompt, 40, size, Sampler(0), width)
+            assert written == expected
+            assert count.rounds + count.accepted == 40
+
+
+def test_packing_changes_the_layout_alone(teacher):
+    before = {name: value.clone() for name, value in teacher.state_dict().items()}
+    reader, ids_BT = packed(teacher), torch.arange(24).view(2, 12)
+    linear = [module for module in teacher.modules() if type(module) is torch.nn.Linear]
+    assert sum(isinstance(module, PackedLinear) for module in reader.modules()) == len(linear) > 4
+    assert not any(isinstance(module, PackedLinear) for module in teacher.modules())
+    assert reader.get_input_embeddings().weight is teacher.get_input_embeddings().weight, "what is not packed is shared"
+    with torch.inference_mode():
+        for keep in (0, 1, 3):
+            expected, found = (model(ids_BT, logits_to_keep=keep).logits for model in (teacher, reader))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    biased = torch.nn.Linear(8, 4)
+    x_BTd = torch.randn(3, 2, 8)
+    with torch.inference_mode():
+        torch.testing.assert_close(PackedLinear(biased)(x_BTd), biased(x_BTd))
+    half = LlamaForCausalLM(teacher.config).to(torch.float16)
+    assert packed(half) is half
 
 
 class Reader:
