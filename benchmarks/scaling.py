@@ -196,8 +196,8 @@ def rss_growth() -> float | None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = recipe_parser("scaling", __doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=40, help="timed training steps")
-    parser.add_argument("--tokens", type=int, default=32_768, help="tokens of a cache for each process")
+    parser.add_argument("--steps", type=int, default=16, help="timed training steps")
+    parser.add_argument("--tokens", type=int, default=12_288, help="tokens of a cache for each process")
     parser.add_argument("--folder", help=argparse.SUPPRESS)  # of a worker, as the next two
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--commands", type=int, help=argparse.SUPPRESS)
