@@ -57,7 +57,7 @@ distill: install  ## install what is missing, then distil: the quickstart, or RE
 frontier: install  ## students of several SIZES from one cache of the teacher, and the page that compares them
 	for size in $(SIZES); do \
 		$(LAUNCH) recipes/frontier.yaml run.output_dir=$(RUNS) run.name=frontier-$$size student.hidden_size=$$size \
-			control=$$([ $$size = $(CONTROL) ] && echo true || echo false) $(ARGS) || exit; \
+			control.enabled=$$([ $$size = $(CONTROL) ] && echo true || echo false) $(ARGS) || exit; \
 	done
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m eval.report $(SIZES:%=$(RUNS)/frontier-%) --measure --output $(RUNS)/frontier
 
