@@ -190,7 +190,8 @@ def benchmark(options: argparse.Namespace) -> None:
 
 def rss_growth() -> float | None:
     file = FOLDER / "streaming.json"
-    return json.loads(file.read_text(encoding="utf-8")).get("rss_growth_2gb") if file.is_file() else None
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return found.get("rss_growth_2gb")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ def benchmark(options: argparse.Namespace) -> None:
         fastest = max(rows[name]["tokens_per_second"] for name in ("teacher alone", "teacher alone, bf16"))
         for row in rows.values():
             row["speedup"] = row["tokens_per_second"] / fastest
+    dtypes = ["bf16"] if dtype == "bf16" else ["bf16", dtype]
     drafting = {name: row for name, row in rows.items() if row["accepted_length"]}
     best = max(drafting, key=lambda name: drafting[name]["speedup"])
     # In fp32 a token read among others comes out as it does alone, but for an error too small to change a choice.
@@ -42,9 +43,9 @@ def benchmark(options: argparse.Namespace) -> None:
     print_table(
         f"{options.run} drafts for its teacher ({dtype}), greedy",
         [{"decoding": name, **{key: f"{value:.3f}" for key, value in row.items()}} for name, row in rows.items()],
-        "Speed-up is over the teacher's own generate, in bf16 or in fp32, whichever is faster. identical_tokens: up to "
-        "the first difference; in bf16 the teacher rounds otherwise when reading several tokens at once, and the text "
-        "parts after a near tie. In fp32 "
+        f"Speed-up is over the teacher's own generate in {' or '.join(dtypes)}, whichever is faster. identical_tokens: "
+        "up to the first difference; in bf16 the teacher rounds otherwise when reading several tokens at once, and the "
+        "text parts after a near tie. In fp32 "
         f"{exact['identical_tokens']:.1%} of the tokens are those of generate.",
     )
     finish(

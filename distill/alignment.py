@@ -274,10 +274,14 @@ class AlignedTeacher(LanguageModel):
             ids = teachers.beginning_with(begun)
             rests = [teachers.bytes_V[index][len(begun) :] for index in ids]
             spelling.learn(rests)
-            pairs = list(zip(ids, (spelling.pieces(rest)[0] for rest in rests), strict=True))
+            # What the student cannot spell (a tokenizer may lack bytes) is in the tail.
+            pairs = [
+                (index, pieces[0]) for index, rest in zip(ids, rests, strict=True) if (pieces := spelling.pieces(rest))
+            ]
             if not begun:
                 pairs = sorted([*pairs, *self.same.items()])
-            ids_U, student_U = torch.tensor(pairs, device=self.own.head.weight_Vd.device).unbind(1)
+            table_U2 = torch.tensor(pairs, dtype=torch.int64, device=self.own.head.weight_Vd.device).view(-1, 2)
+            ids_U, student_U = table_U2.unbind(1)
             found = self.tables[begun] = (ids_U, student_U)
         return found
 
@@ -287,8 +291,8 @@ class AlignedTeacher(LanguageModel):
         """Give a label that reaches beyond the token that follows its own probability, at the cost of that one."""
         assert signal.tail_N is not None
         ids_K, probs_K = signal.ids_NK[number], signal.probs_NK[number]
-        begins = self.alignment.spelling.pieces(self.alignment.teachers.bytes_V[following][len(begun) :])[0]
-        probs_K[ids_K == begins] -= likelihood
+        if pieces := self.alignment.spelling.pieces(self.alignment.teachers.bytes_V[following][len(begun) :]):
+            probs_K[ids_K == pieces[0]] -= likelihood
         if not (ids_K == label).any():
             ids_K[-1], probs_K[-1] = label, 0.0  # in place of the least probable one, which joins the tail
         probs_K[ids_K == label] += likelihood

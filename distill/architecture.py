@@ -78,12 +78,11 @@ def _fresh(config: StudentConfig, vocab_size: int, separator_id: int, seed: int)
     name = str(config.model or config.config)
     source = resolve_model(name, f"student.{field}")
     try:
-        shape, unknown = AutoConfig.from_pretrained(
-            source, revision=config.revision, return_unused_kwargs=True, **config.overrides
-        )
-        if unused := sorted(set(unknown) & set(config.overrides)):
-            known = ", ".join(sorted(n for n, v in shape.to_dict().items() if type(v) in (bool, int, float, str)))
-            raise UserError(f"student.overrides: {name} has no {', '.join(unused)}; found {known}")
+        known = AutoConfig.from_pretrained(source, revision=config.revision).to_dict()
+        if strange := sorted(set(config.overrides) - set(known)):
+            fields = ", ".join(sorted(n for n, v in known.items() if type(v) in (bool, int, float, str)))
+            raise UserError(f"student.overrides: {name} has no {', '.join(strange)}; found {fields}")
+        shape = AutoConfig.from_pretrained(source, revision=config.revision, **config.overrides)
         text = shape.get_text_config()
         text.vocab_size = vocab_size
         for token in ("bos_token_id", "eos_token_id", "pad_token_id"):

@@ -49,13 +49,14 @@ class Spelling:
                 f"found {model.get('type') or type(tokenizer).__name__}; others cannot be aligned"
             )
         vocabulary: dict[str, int] = tokenizer.get_vocab()
-        self.specials = {token["content"]: int(token["id"]) for token in state["added_tokens"]}
+        added = {token["content"]: int(token["id"]) for token in state["added_tokens"] if not token["special"]}
+        self.specials = {token["content"]: int(token["id"]) for token in state["added_tokens"] if token["special"]}
         self.bytes_V = [b""] * (max(vocabulary.values()) + 1)
         self._bytes = alphabet()
         self._characters = {byte: character for character, byte in self._bytes.items()}
         for token, index in vocabulary.items():
             if token not in self.specials:
-                self.bytes_V[index] = self._spelled(token)
+                self.bytes_V[index] = token.encode() if token in added else self._spelled(token)
         self.lengths_V = np.array([len(spelled) for spelled in self.bytes_V], dtype=np.int64)
         self._backend = cast(Any, Encoder(tokenizer, -1).backend)
         self._model = self._backend.model

@@ -24,7 +24,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from distill.config import FineTuningConfig, TeacherConfig, UserError
 from distill.labelled import Tokens
 from distill.sharding import requested_engine
-from distill.teacher import DTYPES, resolve_dtype, resolve_model, without_load_report
+from distill.teacher import DTYPES, resolve_dtype, resolve_model, warn_of_remote_code, without_load_report
 
 
 @dataclass
@@ -54,6 +54,7 @@ def load_classifier(
     if requested_engine() is not None:
         raise UserError(f"{who}: a classifier is not spread over processes; choose an accelerate configuration without")
     source = resolve_model(config.model, "teacher")
+    warn_of_remote_code("teacher", config.model, source, config.revision, config.trust_remote_code)
     loading: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     labels = {"num_labels": len(classes), "id2label": dict(enumerate(classes))} if fine_tuning else {}
     try:

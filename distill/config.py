@@ -741,6 +741,9 @@ class PublishingConfig(Section):
     """Create the repository as a private one."""
     branch: str | None = None
     """Branch to push to; default: the main one."""
+    license: str | None = None
+    """Identifier of the teacher's licence, such as `apache-2.0`, which the student carries; needed where it is not
+    found (a served teacher, several with different ones, a folder without a card)."""
 
 
 class Recipe(Section):

@@ -148,7 +148,7 @@ def _not_for_classifiers(recipe: Recipe) -> list[str]:
 def _against_two_tokenizers(recipe: Recipe) -> list[str]:
     """What cannot be had where the student has another tokenizer than the teacher."""
     problems = []
-    if recipe.targets.kind != "top_k" and any(stage.needs_teacher for stage in recipe.stages):
+    if recipe.targets.kind != "top_k" and (recipe.targets.cache or any(stage.needs_teacher for stage in recipe.stages)):
         problems.append(
             f"targets.signal: expected top_k where the student has a tokenizer of its own, found "
             f"{recipe.targets.signal}"
@@ -199,6 +199,8 @@ def _against_writing(recipe: Recipe) -> list[str]:
         needed = "corpus.source: required, unless the teacher writes the text (writing)"
         return [] if recipe.corpus.source else [needed]
     problems = []
+    if not recipe.corpus.source and recipe.corpus.validation_fraction == 0:
+        problems.append("corpus.validation_fraction: expected more than 0 where the teacher writes all of the text")
     if recipe.writing.prompt_tokens and not recipe.corpus.source:
         problems.append(
             f"writing.prompt_tokens: {recipe.writing.prompt_tokens}, but there is no corpus.source to take prompts "
@@ -224,6 +226,11 @@ def _against_student_written(recipe: Recipe, stage: StageConfig, where: str) -> 
     if not round(stage.student_written * lanes):
         problems.append(
             f"{where}.student_written: {stage.student_written} of {lanes} lanes (run.batch_size) is no whole lane"
+        )
+    if 0 < stage.student_written < 1 and round(stage.student_written * lanes) == lanes:
+        problems.append(
+            f"{where}.student_written: {stage.student_written} of {lanes} lanes (run.batch_size) is all of them; "
+            "say 1, or less"
         )
     if stage.written_prompt >= length:
         problems.append(

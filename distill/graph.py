@@ -122,9 +122,13 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
 def is_current(path: Path) -> bool:
     """Whether an ONNX file is there and goes with the weights beside it: those it reads, and those it was made from."""
     import onnx
+    from google.protobuf.message import DecodeError
 
     if not path.is_file():
         return False
-    properties = onnx.load(str(path), load_external_data=False).metadata_props
+    try:
+        properties = onnx.load(str(path), load_external_data=False).metadata_props
+    except DecodeError:  # damaged
+        return False
     weights = {entry.key: entry.value for entry in properties if entry.key.endswith(".safetensors")}
     return not changed(path.parent, weights)

@@ -60,13 +60,18 @@ def stage(
     `report` is a folder of eval.report, whose table and picture of quality against speed go into the card.
     """
     teachers = (recipe.teacher, *recipe.other_teachers)
+    license_id = license_id or recipe.publishing.license
     if license_id is None:
-        licenses = {teacher_license(teacher.model, teacher.revision) for teacher in teachers}
-        license_id = licenses.pop() if len(licenses) == 1 else None
+        sources = [(teacher.model, teacher.revision) for teacher in teachers]
+        if recipe.student.model:
+            sources.append((recipe.student.model, recipe.student.revision))
+        licenses = {teacher_license(*source) for source in sources}
+        license_id = licenses.pop() if len(licenses) == 1 and not recipe.endpoint else None
     if license_id is None:
+        names = [*(model for model, _ in sources), *([recipe.endpoint.model] if recipe.endpoint else [])]
         raise UserError(
-            f"teacher {' + '.join(teacher.model for teacher in teachers)}: its licence is not known, or that of one is "
-            "not that of another, and the student carries it. Look it up, then "
+            f"teacher {' + '.join(names)}: its licence is not known, or that of one is not that of another, and the "
+            "student carries it. Look it up, then give publishing.license, or "
             f"python -m distill.hub {recipe.folder} {repo} --license apache-2.0 (or what it is)"
         )
     pictures = [recipe.folder / "curves.png"]
@@ -90,10 +95,10 @@ def stage(
         from distill.graph import is_current
         from distill.torch_decoder import load_student
 
-        names = ("model.onnx", "model_int8.onnx", "decoder.onnx")
+        files = ("model.onnx", "model_int8.onnx", "decoder.onnx")
         if reason := why_no_onnx(LSTMConfig.from_pretrained(source)):
             logger.warning("no ONNX files are published. %s", reason)
-        elif not all(is_current(source / name) for name in names):
+        elif not all(is_current(source / file) for file in files):
             student = load_student(source)
             for int8 in (False, True):
                 write_onnx(student, source, int8)
@@ -125,6 +130,12 @@ def upload(
     def once() -> str:
         get_session().timeout = TIMEOUT  # the library's own is endless
         api.create_repo(repo, private=private, exist_ok=True, repo_type=repo_type)
+        if private and not api.repo_info(repo, repo_type=repo_type).private:
+            raise UserError(
+                f"{repo}: expected a private repository, found a public one of that name; nothing was uploaded. Choose "
+                "another name, make it private on the hub, or publish openly (without --private; publishing.private: "
+                "false)"
+            )
         if branch:
             api.create_branch(repo, branch=branch, exist_ok=True, repo_type=repo_type)
         commit = api.upload_folder(
@@ -197,7 +208,9 @@ def _text_name(recipe: Recipe) -> str:
 
 def card_data(recipe: Recipe, result: dict[str, Any], license_id: str | None) -> ModelCardData:
     """The card's metadata, with the results in the form that the hub shows beside a model."""
-    teacher, corpus, student = recipe.teacher.model, _text_name(recipe), result["student"]
+    corpus, student = _text_name(recipe), result["student"]
+    teachers = [teacher.model for teacher in (recipe.teacher, *recipe.other_teachers)]
+    teachers += [recipe.student.model] if recipe.student.model else []
     task, side = "text-generation", "validation documents"
     if is_classification(result):
         task, side = "text-classification", "test texts"
@@ -227,7 +240,7 @@ def card_data(recipe: Recipe, result: dict[str, Any], license_id: str | None) ->
         pipeline_tag=task,
         tags=["potstill", *special],
         license=license_id,
-        base_model=teacher if _is_hub_id(teacher) else None,
+        base_model=[name for name in teachers if _is_hub_id(name)] or None,
         datasets=[corpus] if _is_hub_id(corpus) else None,
         model_name=recipe.run.name,
         eval_results=results,

@@ -14,20 +14,21 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from functools import cached_property
 from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 from transformers import PreTrainedModel
 
 from distill.alignment import AlignedTeacher
 from distill.architecture import make_student
 from distill.classification import ClassificationJob
 from distill.config import CorpusConfig, Recipe, UserError
-from distill.corpus import Blocks, Corpus, Split, lane_order, load_corpus
+from distill.corpus import Blocks, Corpus, Split, lane_order, load_corpus, separator_id
 from distill.ensemble import load_teachers
 from distill.loop import control_stage
 from distill.metrics import Documents, Reference, Score, build_reference, reading_window, score, score_reference
@@ -49,6 +50,7 @@ from distill.writing import text_of, write_text
 from distill.written import TEXT_FIELD, WrittenText
 
 logger = logging.getLogger(__name__)
+PATIENCE = timedelta(hours=6)  # with a process that tokenises a long text, or waits for another job's cache
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -217,6 +219,10 @@ class TeacherAndText:
             )
         self.written: WrittenText | None = None
         if recipe.writing is not None:
+            # What would be refused after hours of writing is refused now.
+            check_stages(recipe, self.teacher)
+            make_encoding(recipe.targets, self.teacher.vocab_size)
+            make_student(recipe, self.teacher, separator_id(self.teacher.tokenizer, recipe.corpus.separator))
             prompts = self._load(recipe.corpus) if recipe.corpus.source else None
             self.written = write_text(recipe, self.teacher, prompts, accelerator)
         self.corpus = self._corpus()
@@ -447,6 +453,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
         mixed_precision="bf16" if precision == "bf16" else "no",
         log_with=log_with,
         cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
     )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
@@ -479,7 +486,8 @@ def _meet_after_restart() -> None:
     own = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.distributed.init_process_group(store=own, rank=rank, world_size=world_size)  # accelerate takes it over
+    # accelerate takes it over
+    torch.distributed.init_process_group(store=own, rank=rank, world_size=world_size, timeout=PATIENCE)
 
 
 def _keep_freed_memory() -> None:

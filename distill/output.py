@@ -37,12 +37,13 @@ def _cpu_model() -> str:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]], note: str = "", console: Console | None = None) -> None:
-    """Rows of equal keys, which are the columns; numbers are formatted by the caller. `note` goes below."""
+    """Keys are the columns; what a row lacks is a dash. Numbers are formatted by the caller. `note` goes below."""
     table = Table(title=title)
-    for number, column in enumerate(rows[0]):
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right")
     for row in rows:
-        table.add_row(*row.values())
+        table.add_row(*(row.get(column, "–") for column in columns))
     console = console or Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     if note:

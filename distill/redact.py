@@ -12,6 +12,7 @@ import re
 
 STARS = "***"
 NAMES = re.compile(r"(?i)(token|secret|password|passwd|api_?key|access_?key|credential)")
+PLACES = re.compile(r"(?i)_(path|file|dir|folder|sock)$")
 SHORTEST = 8  # characters: a shorter value of the environment is more likely to be a word
 URL_USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")
 URL_QUERY = re.compile(
@@ -34,9 +35,10 @@ def redact(text: str) -> str:
 
 def environment_secrets() -> list[str]:
     """Values of environment variables whose names say that they are secret, longest first."""
-    values = {value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST}
+    named = {name: value for name, value in os.environ.items() if NAMES.search(name) and len(value) >= SHORTEST}
     # A variable such as TOKENIZERS_PARALLELISM=disabled or SSH_KEY_PATH=/home/me holds no secret.
-    likely = (v for v in values if not v.startswith(("/", ".")) and not (v.isalpha() and len(v) < 16))
+    values = {value for name, value in named.items() if not PLACES.search(name) and not os.path.exists(value)}
+    likely = (value for value in values if not (value.isalpha() and len(value) < 16))
     return sorted(likely, key=len, reverse=True)
 
 

@@ -22,6 +22,8 @@ from distill.sealed import changed, check, read_sealed
 logger = logging.getLogger(__name__)
 Points = list[dict[str, Any]]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Interval = Annotated[list[Finite], Field(min_length=2, max_length=2)]
 
 
 class _Checked(BaseModel):
@@ -34,9 +36,9 @@ class _Figures(_Checked):
     perplexity: Finite
     bits_per_byte: Finite
     nll_nats: Finite
-    parameters: int
-    weight_bytes: int
-    tokens: int
+    parameters: Count
+    weight_bytes: Count
+    tokens: Count
     decode_tokens_per_second: Finite | None
     kl_to_teacher_nats: Finite | None = None
     top1_agreement: Finite | None = None
@@ -51,7 +53,7 @@ class _Control(_Figures):
 
 
 class _Point(_Checked):
-    tokens: int
+    tokens: Count
     seconds: Finite
     nll_nats: Finite
 
@@ -64,8 +66,8 @@ class _Sample(_Checked):
 
 class _Corpus(_Checked):
     fingerprint: str
-    train_tokens: int
-    train_documents: int
+    train_tokens: Count
+    train_documents: Count
 
 
 class _Result(_Checked):
@@ -93,11 +95,11 @@ class _Result(_Checked):
 
 class _Accuracy(_Checked):
     accuracy: Finite
-    accuracy_interval: list[Finite]
+    accuracy_interval: Interval
     nll_nats: Finite
-    texts: int
-    parameters: int
-    weight_bytes: int
+    texts: Count
+    parameters: Count
+    weight_bytes: Count
     latency_ms_p50: Finite
     top1_agreement: Finite | None = None
 
@@ -112,7 +114,7 @@ class _ClassifyingControl(_Accuracy):
 
 class _LabelledCorpus(_Checked):
     fingerprint: str
-    train_texts: int
+    train_texts: Count
 
 
 class _ClassificationResult(_Checked):
@@ -121,6 +123,7 @@ class _ClassificationResult(_Checked):
     student: _Accuracy
     control: _ClassifyingControl | None = None
     accuracy_gain: Finite | None = None
+    accuracy_gain_interval: Interval | None = None
     speedup: Finite
     majority_accuracy: Finite
     classes: list[str]
@@ -132,8 +135,8 @@ class _ClassificationResult(_Checked):
 
     @model_validator(mode="after")
     def _compared_with_the_control(self) -> Self:
-        if self.control and self.accuracy_gain is None:
-            raise ValueError("accuracy_gain: expected beside the control's figures")
+        if self.control and (self.accuracy_gain is None or self.accuracy_gain_interval is None):
+            raise ValueError("accuracy_gain and accuracy_gain_interval: expected beside the control's figures")
         return self
 
 

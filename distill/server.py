@@ -39,7 +39,8 @@ class Server:
             raise UserError("endpoint: needs an extra: pip install 'potstill[served]'") from None
         self.aiohttp, self.tenacity = aiohttp, tenacity
         self.endpoint, self.url = endpoint, endpoint.url.rstrip("/").removesuffix("/v1")
-        self.interval, self.next_slot, self.last_told = 1 / rate if rate else 0.0, 0.0, -math.inf
+        self.interval, self.last_told = 1 / rate if rate else 0.0, -math.inf
+        self.next_slot = self.held_until = 0.0
         self.key = ""
         if endpoint.api_key_env:
             self.key = os.environ.get(endpoint.api_key_env, "").strip()
@@ -124,10 +125,13 @@ class Server:
 
     async def _turn(self) -> None:
         """Wait until the limit on the rate, or a server that asked for peace, allows a request."""
-        now = time.monotonic()
-        slot = max(now, self.next_slot)
-        self.next_slot = slot + self.interval
-        await asyncio.sleep(slot - now)
+        while True:
+            now = time.monotonic()
+            slot = max(now, self.next_slot, self.held_until)
+            self.next_slot = slot + self.interval
+            await asyncio.sleep(slot - now)
+            if slot >= self.held_until:  # no server has asked for peace meanwhile
+                return
 
     def _hold(self, retry_after: str | None) -> None:
         """No request before the time that a server names: seconds, or a date."""
@@ -138,7 +142,7 @@ class Server:
                 seconds = parsedate_to_datetime(retry_after or "").timestamp() - time.time()
             except ValueError:
                 return
-        self.next_slot = max(self.next_slot, time.monotonic() + min(max(seconds, 0), 3600))
+        self.held_until = max(self.held_until, time.monotonic() + min(max(seconds, 0), 3600))
 
     def _safe(self, text: str) -> str:
         """Without the key, which some servers repeat."""

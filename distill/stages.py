@@ -27,7 +27,8 @@ def _problems(recipe: Recipe, teacher: LanguageModel) -> Iterator[str]:
                 f"{found}; remove it for the whole vocabulary"
             )
     for number, stage in enumerate(recipe.stages):
-        if is_tied(recipe.student, teacher) and len(stage.freeze & {"embedding", "head"}) == 1:
+        tied = recipe.student.is_fresh_lstm and is_tied(recipe.student, teacher)
+        if tied and len(stage.freeze & {"embedding", "head"}) == 1:
             yield f"stages.{number}.freeze: embedding and head are tied, as in the teacher; freeze both or neither"
         if stage.metric != "identity" and teacher.head.softcap is not None:
             yield (

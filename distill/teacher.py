@@ -232,6 +232,15 @@ def load_teacher(config: OtherTeacherConfig, device: torch.device, role: str = "
     )
 
 
+def warn_of_remote_code(role: str, model: str, source: str, revision: str | None, trusted: bool) -> None:
+    """Where code of a repository runs that may change."""
+    if trusted and not Path(source).exists() and not COMMIT.fullmatch(revision or ""):
+        logger.warning(
+            "%s %s: runs code of its repository at %s, which may be another tomorrow; pin the revision to a commit",
+            *(role, model, revision or "its newest revision"),
+        )
+
+
 def load_language_model(
     model: str,
     *,
@@ -252,11 +261,7 @@ def load_language_model(
         )
     source = resolve_model(model, role)
     loading = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if trust_remote_code and not Path(source).exists() and not COMMIT.fullmatch(revision or ""):
-        logger.warning(
-            "%s %s: runs code of its repository at %s, which may be another tomorrow; pin the revision to a commit",
-            *(role, model, revision or "its newest revision"),
-        )
+    warn_of_remote_code(role, model, source, revision, trust_remote_code)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **loading)
         sharded: AbstractContextManager[dict[str, Any]] = engine.loading(torch_dtype) if engine else nullcontext({})

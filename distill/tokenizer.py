@@ -16,6 +16,7 @@ from distill.config import CorpusConfig, StudentConfig, UserError
 from distill.corpus import cache_root, separator_id, side_of
 from distill.documents import Source, open_documents
 from distill.sealed import damage, write_checksums
+from distill.teacher import resolve_model
 from distill.vocabulary import is_byte_level
 
 
@@ -26,8 +27,11 @@ def student_tokenizer(
     if student.vocabulary_size is not None:
         return _trained(student.vocabulary_size, corpus, teacher, progress)
     assert student.tokenizer is not None
+    source, revision = student.tokenizer, None
+    if source == student.model:  # a folder, a file or a package of weights, with its tokenizer
+        source, revision = resolve_model(source, "student.tokenizer"), student.revision
     try:
-        found: Any = AutoTokenizer.from_pretrained(student.tokenizer)
+        found: Any = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -275,6 +275,22 @@ def finish(options: argparse.Namespace, figures: Mapping[Subject, Figures], sett
     print_json({**about, "models": {subject.label: row for subject, row in figures.items()}})
 
 
+def positive(text: str) -> int:
+    """A whole number of the command line above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """A number of the command line above 0."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
+    return value
+
+
 def read_results(run: Path, protocol: str) -> Figures | None:
     """What `eval.PROTOCOL` has found out about a run, or None."""
     file = run / "eval" / f"{protocol}.json"
@@ -287,5 +303,5 @@ def read_results(run: Path, protocol: str) -> Figures | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            f"{file}: cannot be read: {error}; measure it again with python -m eval.{protocol} {run}"
+            f"{file}: cannot be read: {error}; measure it again with python -m eval.{protocol.partition('-')[0]} {run}"
         ) from None

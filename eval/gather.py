@@ -108,20 +108,21 @@ class _Run:
 
     def _speeds(self, role: str) -> dict[str, Figures]:
         """Speed figures by runtime, in the context nearest to 256 at batch 1. A control runs as its student does."""
-        found = self.found["latency"]
-        if not found:
-            speed = self.result[role]["decode_tokens_per_second"]  # None for a teacher in shards
-            return {"generate": {"tokens_per_second": speed}} if speed else {}
-        runtimes = found["models"]["student" if role == "control" else role]["runtimes"]
+        found = self.found["latency"] or {"models": {}}
+        runtimes = found["models"].get("student" if role == "control" else role, {}).get("runtimes", {})
         speeds = {}
         for runtime, row in runtimes.items():
-            alone = [case for case in row["cases"] if case["batch"] == 1]
+            if not (alone := [case for case in row["cases"] if case["batch"] == 1]):
+                continue
             case = min(alone, key=lambda case: abs(case["context"] - 256))
             keys = ("context", "tokens_per_second", "token_ms_p50", "token_ms_p95", "token_ms_p99", "first_token_ms")
             more = {key: row.get(key) for key in ("load_seconds", "resident_bytes", "disk_bytes")}
             more["weight_bytes"] = row["weight_bytes"]
             kept = {key: case[key] for key in (*keys, "state_bytes", "roofline", "token_ms_p50_range")}
             speeds[runtime] = {**kept, **more}
+        if not speeds:  # none was measured at batch 1
+            speed = self.result[role]["decode_tokens_per_second"]  # None for a teacher in shards
+            return {"generate": {"tokens_per_second": speed}} if speed else {}
         if role == "control":  # one point is enough: the architecture is the student's
             first = next(iter(speeds))
             speeds = {first: speeds[first]}
@@ -144,9 +145,11 @@ class _Run:
             if role == "teacher" and not with_teacher:
                 continue
             speeds = self._speeds(role)
-            fastest = max(speeds, key=lambda runtime: speeds[runtime]["tokens_per_second"])
+            fastest = max(speeds, key=lambda runtime: speeds[runtime]["tokens_per_second"], default="")
             for runtime, row in figures["runtimes"].items():
                 alone, left_out = ([c for c in row[key] if c["batch"] == 1] for key in ("cases", "left_out"))
+                if not alone and not left_out:
+                    continue
                 lines.append(
                     {
                         "name": f"{self.label(role)}, {runtime}",
@@ -176,8 +179,10 @@ def mark_dominated(points: Points) -> None:
 def sentence(points: Points) -> str:
     """What the frontier shows, in words: of the students that are faster than the teacher ever is, the best model in
     its fastest runtime, and the fastest of all."""
-    teacher = max((p for p in points if p["role"] == "teacher"), key=lambda p: p["tokens_per_second"])
+    teacher = max((p for p in points if p["role"] == "teacher"), key=lambda p: p["tokens_per_second"], default=None)
     students = sorted((p for p in points if p["role"] == "student"), key=lambda p: p["tokens_per_second"])
+    if teacher is None or not students:
+        return "The speed of the teacher and that of a student are needed to compare them: eval.report RUN --measure."
     faster = [p for p in students if p["tokens_per_second"] > teacher["tokens_per_second"]]
     if not faster:
         return (

@@ -43,6 +43,8 @@ from eval.command import (
     make_parser,
     make_subjects,
     make_texts,
+    positive,
+    positive_number,
 )
 
 Ids = list[int]
@@ -169,10 +171,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("generate", __doc__)
     add_corpus_options(parser)
     parser.add_argument("--teacher", metavar="MODEL", help="default: the teacher of the run folders")
-    parser.add_argument("--texts", type=int, default=32, help="continuations of each model")
-    parser.add_argument("--prompt-tokens", type=int, default=16)
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--temperature", type=float, default=0.8)
+    parser.add_argument("--texts", type=positive, default=32, help="continuations of each model")
+    parser.add_argument("--prompt-tokens", type=positive, default=16)
+    parser.add_argument("--new-tokens", type=positive, default=64)
+    parser.add_argument("--temperature", type=positive_number, default=0.8)
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--show", type=int, default=4, help="samples kept of each model")

@@ -28,7 +28,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +35,7 @@ from tqdm.auto import tqdm
 
 from distill.config import UserError
 from distill.output import print_table
-from eval.command import Figures, Subject, execute, finish, make_parser, make_subjects
+from eval.command import Figures, Subject, execute, finish, make_parser, make_subjects, positive
 from eval.runtimes import Opener, Session, Unavailable, runtimes_of
 
 BUFFER_BYTES = 2**29  # read for the bandwidth: far beyond any cache
@@ -306,24 +305,17 @@ def _shown(row: Figures, name: str, unit: float, form: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("latency", __doc__)
-    parser.add_argument("--batches", type=_positive, nargs="+", default=(1, 8, 32), metavar="B", help="sequences")
-    parser.add_argument("--contexts", type=_positive, nargs="+", default=(16, 256, 2048, 32768), metavar="T")
+    parser.add_argument("--batches", type=positive, nargs="+", default=(1, 8, 32), metavar="B", help="sequences")
+    parser.add_argument("--contexts", type=positive, nargs="+", default=(16, 256, 2048, 32768), metavar="T")
     parser.add_argument("--all-pairs", action="store_true", help="every batch in every context")
-    parser.add_argument("--new-tokens", type=_positive, default=64, help="tokens decoded in each repetition")
-    parser.add_argument("--repeats", type=_positive, default=3)
-    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads())
+    parser.add_argument("--new-tokens", type=positive, default=64, help="tokens decoded in each repetition")
+    parser.add_argument("--repeats", type=positive, default=3)
+    parser.add_argument("--threads", type=positive, default=torch.get_num_threads())
     parser.add_argument("--longest", type=float, default=20.0, help="seconds that reading a prompt may take")
     parser.add_argument("--runtimes", nargs="+", metavar="NAME", help="only these")
     parser.add_argument("--probe", help=argparse.SUPPRESS)
     parser.add_argument("--role", default="student", help=argparse.SUPPRESS)
     return execute(parser, arguments, measure)
-
-
-def _positive(text: str) -> int:
-    value: Any = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive number, found {text}")
-    return value
 
 
 if __name__ == "__main__":

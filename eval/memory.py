@@ -43,7 +43,17 @@ from distill.metrics import Documents, Row, reading_window, rows_of, scored
 from distill.output import print_table
 from distill.student import LayerNormLSTM, LSTMBlock, LSTMForCausalLM
 from distill.teacher import LanguageModel
-from eval.command import Figures, Subject, add_corpus_options, execute, finish, make_parser, make_subjects, make_texts
+from eval.command import (
+    Figures,
+    Subject,
+    add_corpus_options,
+    execute,
+    finish,
+    make_parser,
+    make_subjects,
+    make_texts,
+    positive,
+)
 
 CONTEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 DISTANCES = (0, 8, 32, 128, 512)
@@ -170,7 +180,7 @@ def recall(
 ) -> Figures | None:
     """Share of probes in which the mentioned word is likeliest of the candidates; None beyond the model's limit."""
     prefix, mentions, tells = candidates(model, words)
-    if len(tells) < 2:  # a vocabulary that does not have these words
+    if len(tells) < 2 or len(filler) < distance:  # a vocabulary without these words, or too short a text between them
         return None
     probes = -(-probes // len(tells)) * len(tells)  # all words alike often: who always says the same is at chance
     cue_ids, full_stop = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (cue, "."))
@@ -342,10 +352,12 @@ def _quantiles(constants_H: Tensor) -> Figures:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("memory", __doc__)
     add_corpus_options(parser)
-    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS, metavar="N", help="tokens before a target")
-    parser.add_argument("--targets", type=int, default=1024, help="targets of the loss by context")
-    parser.add_argument("--probes", type=int, default=20, help="probes of each kind and distance of the recall")
-    parser.add_argument("--gate-tokens", type=int, default=4096, help="tokens over which gates are averaged")
+    parser.add_argument(
+        "--contexts", type=positive, nargs="+", default=CONTEXTS, metavar="N", help="tokens before a target"
+    )
+    parser.add_argument("--targets", type=positive, default=1024, help="targets of the loss by context")
+    parser.add_argument("--probes", type=positive, default=20, help="probes of each kind and distance of the recall")
+    parser.add_argument("--gate-tokens", type=positive, default=4096, help="tokens over which gates are averaged")
     return execute(parser, arguments, measure)
 
 

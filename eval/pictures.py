@@ -11,7 +11,7 @@ from distill.checkpoint import write_atomically
 from eval.command import Figures
 
 COLOURS = {"teacher": "#6b7280", "student": "#1f5fa8", "control": "#c1622d"}
-MARKS = "oDs^*X"
+MARKS = "oDs^*XPvh"
 
 
 def draw_pictures(report: Figures, folder: Path) -> list[Path]:

@@ -139,7 +139,7 @@ def page(report: Figures, title: str) -> str:
         samples=f"<figure><h2>Samples</h2>{samples}</figure>",
         about=html.escape(" · ".join(f"{name} {value}" for name, value in {**machine, **report["versions"]}.items())),
         plotly=get_plotlyjs().replace("</script", "<\\/script"),
-        data=json.dumps(report).replace("</", "<\\/"),
+        data=json.dumps(report).replace("<", "\\u003c"),
     )
 
 
