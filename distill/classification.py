@@ -10,6 +10,7 @@ Legend: N texts, B texts of a batch, C classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import Any, cast
@@ -32,7 +33,7 @@ from distill.progress import Progress, timed
 from distill.result import versions
 from distill.run_folder import claim_inputs, write_result
 from distill.samples import latency
-from distill.student import LSTMForSequenceClassification
+from distill.student import LSTMConfig, LSTMForSequenceClassification
 from distill.teacher import hash_weights, resolve_model
 from distill.tracking import Tracker
 from distill.transplant import align_input, build_classifier
@@ -156,7 +157,11 @@ class ClassificationJob:
 
     def _control(self) -> LSTMForSequenceClassification:
         """The same from random weights."""
-        return self._build(False, None)
+        if self.config.start_from is None:
+            return self._build(False, None)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.recipe.run.seed)
+            return LSTMForSequenceClassification(cast(LSTMConfig, copy.deepcopy(self._student().config)))
 
     def _build(self, transplant: bool, start_from: str | None) -> LSTMForSequenceClassification:
         return build_classifier(

@@ -99,8 +99,8 @@ class ClassifierTraining(Loop):
     # ---------------------------------------------------------------- what the loop asks
 
     def initialise(self) -> None:
-        self._spend(self.teacher_seconds)
-        self.progress.teacher_seconds = self.teacher_seconds
+        self.progress.teacher_seconds, _ = self._agree(self.teacher_seconds, 0)
+        self._spend(self.progress.teacher_seconds)
         with self._spending():
             self.begin_with()
 

@@ -117,6 +117,7 @@ class LabelledSource:
     digest: str  # changes with the content
     rows: Iterator[tuple[object, object]]
     classes: tuple[str, ...] | None = None
+    from_hub: bool = False
 
 
 def open_labelled(config: CorpusConfig, label_field: str) -> LabelledSource:
@@ -142,7 +143,7 @@ def open_labelled(config: CorpusConfig, label_field: str) -> LabelledSource:
             _local_documents(files, of_labels, option="classification.label_field"),
         )
     rows_of_both = ((text, label) for (text, _), (label, _) in zip(*columns, strict=True))
-    return LabelledSource(digest, rows_of_both, classes)
+    return LabelledSource(digest, rows_of_both, classes, from_hub=files is None)
 
 
 class TextStream:

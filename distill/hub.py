@@ -65,6 +65,8 @@ def stage(
         sources = [(teacher.model, teacher.revision) for teacher in teachers]
         if recipe.student.model:
             sources.append((recipe.student.model, recipe.student.revision))
+        if recipe.classification and recipe.classification.start_from:
+            sources.append((recipe.classification.start_from, None))
         licenses = {teacher_license(*source) for source in sources}
         license_id = licenses.pop() if len(licenses) == 1 and not recipe.endpoint else None
     if license_id is None:
@@ -211,6 +213,8 @@ def card_data(recipe: Recipe, result: dict[str, Any], license_id: str | None) ->
     corpus, student = _text_name(recipe), result["student"]
     teachers = [teacher.model for teacher in (recipe.teacher, *recipe.other_teachers)]
     teachers += [recipe.student.model] if recipe.student.model else []
+    if recipe.classification and recipe.classification.start_from:
+        teachers.append(recipe.classification.start_from)
     task, side = "text-generation", "validation documents"
     if is_classification(result):
         task, side = "text-classification", "test texts"
@@ -281,8 +285,8 @@ def _classifier_card(
     return [
         f"---\n{card_data(recipe, result, license_id).to_yaml()}\n---",
         f"# {recipe.run.name}: an LSTM classifier distilled from {recipe.teacher.model}",
-        f"A text classifier of {student['parameters'] / 1e6:.1f} M parameters ({config['num_layers']} LSTM layers of "
-        f"{config['hidden_size']} units, read from left to right), made with Potstill. Classes: "
+        f"A text classifier of {student['parameters'] / 1e6:.1f} M parameters ({_architecture(config)}, read from "
+        "left to right), made with Potstill. Classes: "
         f"{', '.join(result['classes'])}. On {student['texts']:,} test texts of {recipe.corpus.source}:",
         _markdown(table_rows(result)),
         "`95 %` is the interval of the accuracy, `agreement` the share of texts that get the teacher's class, `ms` the "

@@ -72,7 +72,8 @@ def load_labelled(corpus: CorpusConfig, config: ClassificationConfig) -> Labelle
     classes = config.labels or source.classes
     rows = _chosen(list(_rows(source, corpus.max_documents)), config.max_texts)
     counts = Counter(label for _, label in rows if label is not None)
-    classes = classes or tuple(sorted(counts))
+    numbers = all(name.isdecimal() for name in counts)
+    classes = classes or tuple(sorted(counts, key=int) if numbers else sorted(counts))
     _check_classes(classes, counts, config)
     ids = {name: number for number, name in enumerate(classes)}
 
@@ -82,15 +83,25 @@ def load_labelled(corpus: CorpusConfig, config: ClassificationConfig) -> Labelle
         sides["unlabelled" if number == NO_LABEL else side_of(text, corpus)].append((text, number))
     digests = [source.digest]
     if config.test_split is not None:
+        if not source.from_hub:
+            raise UserError(
+                f"classification.test_split: {config.test_split}: data sets of the hub have splits, and corpus.source "
+                f"{corpus.source} is files; remove it, and corpus.test_fraction is taken for the test"
+            )
         sides["train"] += sides["test"]
         other = open_labelled(corpus.model_copy(update={"split": config.test_split}), config.label_field)
         sides["test"] = [(text, ids[label]) for text, label in _rows(other, None) if label in ids]
         digests.append(other.digest)
-    for side in ("train", "validation", "test"):
-        if not sides[side]:
+    # A text that stands there twice, once without a label, or in both splits, is not trained on.
+    for side, seen_in in (("train", ("test",)), ("unlabelled", ("validation", "test"))):
+        seen = {text for other in seen_in for text, _ in sides[other]}
+        sides[side] = [row for row in sides[side] if row[0] not in seen]
+    for side, least in (("train", 1), ("validation", 1), ("test", 2)):
+        if len(sides[side]) < least:
             raise UserError(
-                f"corpus.source: {corpus.source}: no labelled text for {side} among {sum(counts.values()):,}; expected "
-                "more texts, or other corpus.validation_fraction and corpus.test_fraction"
+                f"corpus.source: {corpus.source}: {len(sides[side]) or 'no'} labelled text for {side} among "
+                f"{sum(counts.values()):,}; expected more texts, or other corpus.validation_fraction and "
+                "corpus.test_fraction"
             )
     sides["train"] += sides["unlabelled"]
     of_config = {"text_field", "max_documents", "validation_fraction", "test_fraction"}

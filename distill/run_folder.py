@@ -51,7 +51,8 @@ def claim_folder(recipe: Recipe, accelerator: Accelerator) -> None:
             raise UserError(f"run folder {folder}: cannot be made: {error}; choose another run.output_dir") from None
         if not os.access(folder, os.W_OK):
             raise UserError(f"run folder {folder}: not writable; choose another run.output_dir")
-        begun = (folder / "checkpoints").is_dir() or (folder / "result.json").is_file()
+        traces = ("checkpoints", "soft_targets", "teacher", "result.json")
+        begun = any((folder / name).exists() for name in traces)
         if begun:
             try:
                 saved = dump_recipe(load_recipe(folder))

@@ -141,7 +141,10 @@ class Tuition:
         network.float()
         training = self._training(config, recall, time.perf_counter() - began)
         progress = training.run()
-        network.to(dtype).eval().requires_grad_(False)
+        for parameter in network.parameters():  # not the buffers: a rotary teacher's frequencies are in fp32
+            parameter.data = parameter.data.to(dtype)
+        network.eval().requires_grad_(False)
+        self.accelerator.wait_for_everyone()  # all have read the best weights
         if self.accelerator.is_main_process:
             write_atomically(self.tuned, lambda path: self._save_tuned(path, progress))
             shutil.rmtree(training.checkpoints.folder, ignore_errors=True)  # large, and no longer needed

@@ -195,6 +195,6 @@ def test_bench_streaming_reads_texts_and_caches(tmp_path: Path) -> None:
     assert streamed[1]["tokens"] > 1.2 * streamed[0]["tokens"]
     growth = streamed[1]["peak_rss_mib"] / streamed[0]["peak_rss_mib"] - 1
     assert result["rss_growth"]["streamed"] == pytest.approx(growth)
-    assert result["rss_growth_2gb"] == max(result["rss_growth"].values())
+    assert result["rss_growth_2gb"] is None, "so little text says nothing about so much"
     assert result["caches"][0]["shards"] == 20 and result["caches"][0]["read_seconds"] > 0
     assert (tmp_path / "runs/bench/streaming.png").is_file()

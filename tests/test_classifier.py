@@ -394,6 +394,19 @@ def test_texts_are_divided_by_content_and_unlabelled_ones_are_trained_on(tmp_pat
     assert turned.fingerprint != text.fingerprint
 
 
+def test_numbers_are_classes_in_their_order(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": n % 12} for n in range(240)]
+    assert load_labelled(write(tmp_path, rows), ClassificationConfig()).classes == tuple(map(str, range(12)))
+
+
+def test_what_is_tested_on_is_not_trained_on_without_its_label(tmp_path: Path) -> None:
+    rows = [{"text": f"text {n}", "label": "ab"[n % 2]} for n in range(100)]
+    text = load_labelled(write(tmp_path, [*rows, *({**row, "label": None} for row in rows)]), ClassificationConfig())
+    held = {*text.validation.texts, *text.test.texts}
+    assert len(held) > 20 and not held & set(text.train.texts)
+    assert (text.train.labels_N == NO_LABEL).sum() == 100 - len(held), "the others are trained on a second time"
+
+
 @pytest.mark.parametrize(
     ("rows", "fields", "expected"),
     [
@@ -409,6 +422,7 @@ def test_texts_are_divided_by_content_and_unlabelled_ones_are_trained_on(tmp_pat
         ([{"text": f"{n}", "label": n} for n in range(2000)], {}, "expected at most 1000 classes, found 2,000"),
         ([{"text": "x", "label": "a"}, {"text": "x", "label": "b"}], {}, "no labelled text for"),
         ([{"text": "x", "label": "a"}], {"labels": ("a", "a")}, "names that differ"),
+        ([{"text": f"{n}", "label": "ab"[n % 2]} for n in range(9)], {"test_split": "test"}, "test_split: .* is files"),
     ],
 )
 def test_labels_that_cannot_be_learned(tmp_path: Path, rows: list[Any], fields: dict[str, Any], expected: str) -> None:

@@ -110,7 +110,7 @@ def test_it_is_frozen(tmp_path: Path) -> None:
         ("eval.window=1", "eval: unknown key; did you mean 'evaluation'?"),
         ("stages.0.temperature={from: 2, tp: 1}", "stages.0.temperature.tp: unknown key; did you mean 'to'?"),
         ("other_teachers=[{modl: x}]", "other_teachers.0.modl: unknown key; did you mean 'model'?"),
-        ("publishing.xyz=1", "publishing.xyz: unknown key; known keys: repo, private, branch"),
+        ("publishing.xyz=1", "publishing.xyz: unknown key; known keys: repo, private, branch, license"),
     ],
 )
 def test_an_unknown_key_names_its_nearest_neighbour(tmp_path: Path, override: str, problem: str) -> None:

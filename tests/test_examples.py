@@ -28,7 +28,7 @@ def test_the_tour(world: World, tmp_path: Path) -> None:
     recipe.write_text(text.replace(str(world.folder / "runs"), str(tmp_path)), encoding="utf-8")
     run = tmp_path / "tiny"
     with Hub() as hub:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), **hub.environment(tmp_path / "home")}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), **hub.environment(tmp_path / "home"), "LICENSE": "mit"}
         environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
         command = [str(ROOT / "examples" / "tour.sh"), str(recipe), str(run), str(world.teacher), "me/tiny"]
         tour = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)

@@ -157,6 +157,14 @@ def test_a_refusal_is_one_message(
     assert len(here.requests) <= 2, "a refusal is not tried again"
 
 
+def test_nothing_private_is_uploaded_to_a_public_repository(here: Hub, folder: Path) -> None:
+    upload(folder, "me/open", False, None, "teacher")
+    (folder / "README.md").write_text("# not for all\n", encoding="utf-8")
+    with pytest.raises(UserError, match="me/open: expected a private repository, found a public one"):
+        upload(folder, "me/open", True, None, "teacher")
+    assert here.files("me/open")["README.md"] == b"# x\n"
+
+
 def test_faults_are_survived(here: Hub, folder: Path) -> None:
     here.faults += [
         Fault("POST /api/repos/create", status=500),

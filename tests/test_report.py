@@ -54,6 +54,7 @@ def test_the_sentence_says_what_the_numbers_say() -> None:
     assert said.endswith("The fastest, 24 M (student, at 900), reaches 9.0 times the speed at 1.60 bits a byte.")
     assert "The fastest" not in sentence(points[:5])
     assert "No student is faster" in sentence(points[:3])
+    assert "--measure" in sentence(points[2:]) and "--measure" in sentence(points[:2]), "one side has no speed"
 
 
 def test_common_prefix() -> None:

@@ -395,6 +395,9 @@ def test_a_recipe_with_a_secret_is_refused_without_telling_it(
 def test_messages_are_redacted(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Also of libraries, also in a traceback."""
     monkeypatch.setenv("SERVER_API_KEY", "5ec2e7-of-mine")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "/5ec2e7/with+slashes")
+    monkeypatch.setenv("SSH_KEY_PATH", "/home/me/no/such/key")
+    assert redact("/5ec2e7/with+slashes, /home/me/no/such/key") == "***, /home/me/no/such/key"
     secret = (
         "PUT https://s3.example.org/a?x=1&X-Amz-Signature=5ec2e7&y=2 and https://me:5ec2e7@host/, "
         "Authorization: Bearer 5ec2e7.5ec2e7.5ec2e7.5ec2e7, 5ec2e7-of-mine, hf_5ec2e75ec2e75ec2e75ec2e7"

@@ -169,6 +169,11 @@ def test_retries_keep_their_distance(world: World, server: CompletionServer, tmp
     open_parts(world, server, tmp_path, *limits).cached_targets()
     gaps = np.diff(server.requests)
     assert gaps[0] > 0.95
+    server.faults.append(Fault(status=429, retry_after="1"))
+    server.requests.clear()
+    together = ("endpoint.requests_per_second=50", "endpoint.concurrency=8", "targets.max_tokens=300")
+    open_parts(world, server, tmp_path / "together", *together).cached_targets()
+    assert np.diff(server.requests).max() > 0.9, "those that waited for their turn wait on"
     assert len(gaps) > 5 and gaps.min() > 0.03 and gaps.mean() >= 0.045
 
 
