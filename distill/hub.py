@@ -199,6 +199,29 @@ def teacher_license(model: str, revision: str | None = None) -> str | None:
     return found.lower() if isinstance(found, str) and len(found.split()) == 1 and found.lower() != "other" else None
 
 
+def _text_license(recipe: Recipe) -> str:
+    """What is known of the licence of a run's text, in words."""
+    source = recipe.corpus.source
+    if source is None:
+        return "it is the teacher's output, under the teacher's licence"
+    found = None
+    if _is_hub_id(source):
+        try:
+            data = HfApi().dataset_info(source, revision=recipe.corpus.revision).card_data
+        except (HTTPError, OSError, ValueError):
+            data = None
+        found = data.license if data else None
+    names = " and ".join(found) if isinstance(found, list) else found
+    return f"its licence, by its card: {names}" if names else "its licence is not stated here: see there"
+
+
+def _targets(targets: dict[str, Any]) -> str:
+    """In words: of what kind, and of a cache what its manifest says."""
+    manifest = targets.get("manifest")
+    text = _sentence({name: value for name, value in targets.items() if name != "manifest"})
+    return f"{text}; by the cache's manifest {_sentence(manifest)}" if manifest else text
+
+
 def _is_hub_id(name: str) -> bool:
     return "/" in name and ":" not in name and not name.startswith((".", "/", "~")) and not Path(name).exists()
 
@@ -298,8 +321,8 @@ def _classifier_card(
         f"- Teacher: {recipe.teacher.model}, licence {license_id or 'not stated'}, which this student carries"
         f"{', fine-tuned on the labels' if recipe.fine_tuning else ''}.\n"
         f"- Text: {recipe.corpus.source}; {corpus['train_texts']:,} texts with labels, {corpus['unlabelled_texts']:,} "
-        f"without, {corpus['copies']:,} changed copies (fingerprint {corpus['fingerprint']}); see there for its "
-        "licence.\n"
+        f"without, {corpus['copies']:,} changed copies (fingerprint {corpus['fingerprint']}); "
+        f"{_text_license(recipe)}.\n"
         f"- Software: {_sentence(result['versions'])}.",
         "## Limits",
         "It knows what teacher and labels taught it, on texts of the same kind, and repeats what they get wrong.",
@@ -353,8 +376,8 @@ def _language_model_card(
         f"- Teacher: {recipe.teacher.model}, licence {license_id or 'not stated'}, which this student carries.\n"
         f"- Text: {_text_name(recipe)}, {result['corpus']['train_tokens']:,} tokens in "
         f"{result['corpus']['train_documents']:,} training documents{streamed} "
-        f"(fingerprint {result['corpus']['fingerprint']}); see there for its licence.\n"
-        f"- Soft targets: {_sentence(result['targets'])}.\n"
+        f"(fingerprint {result['corpus']['fingerprint']}); {_text_license(recipe)}.\n"
+        f"- Soft targets: {_targets(result['targets'])}.\n"
         f"- Software: {_sentence(result['versions'])}.",
         "## Limits",
         "It is small and knows less than its teacher by the table above; it repeats what the teacher gets wrong and "
@@ -406,8 +429,26 @@ def _onnx(folder: Path, place: str, config: dict[str, Any]) -> list[str]:
         "Without torch, fast on a CPU (`pip install 'potstill[onnx]'`):",
         f'```sh\npython -m distill.decode {place} --prompt "Once"\n```',
         f"`model.onnx` and `model_int8.onnx` read {read} (zeros at first) and give {given}; keep them beside their "
-        "`.safetensors`.",
+        "`.safetensors`. With onnxruntime and tokenizers alone, in a folder that the repository was downloaded to:",
+        _WITHOUT_TORCH,
     ]
+
+
+_WITHOUT_TORCH = """```python
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
+
+tokenizer, session = Tokenizer.from_file("tokenizer.json"), onnxruntime.InferenceSession("model.onnx")
+_, *parts = session.get_inputs()
+state = {part.name: np.zeros((part.shape[0], 1, part.shape[2]), np.float32) for part in parts}
+new = written = tokenizer.encode("Once").ids
+for _ in range(30):
+    logits, *after = session.run(None, {"input_ids": np.array([new]), **state})
+    state, new = dict(zip(state, after)), [int(logits[0, -1].argmax())]
+    written = written + new
+print(tokenizer.decode(written))
+```"""
 
 
 def _sentence(values: dict[str, Any]) -> str:

@@ -162,6 +162,7 @@ class _Job:
         result["targets"] = {"kind": targets.encoding.kind, "cached": isinstance(targets, CachedTargets)}
         if isinstance(targets, CachedTargets):
             result["targets"] |= {"seconds": targets.seconds, "bytes_per_token": targets.bytes_per_token}
+            result["targets"]["manifest"] = targets.manifest["identity"]
         if recipe.endpoint:
             result["targets"]["served"] = recipe.endpoint.model
         if recipe.other_teachers:

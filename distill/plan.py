@@ -131,6 +131,8 @@ def plan(
         f"{efficiency:.0%} as fast as this one. Of the memory, {measured.teacher_bytes / 2**30:.2f} GiB are the "
         f"teacher's weights, {measured.student_bytes / 2**30:.2f} GiB student, gradients and optimizer."
     )
+    if recipe.corpus.streaming and tokens is None:
+        note += "\nThe text is a stream, and a pass is that of its sample (corpus.sample_documents): say --tokens N."
     if wrong := [devices for devices in DEVICES if recipe.run.batch_size % devices]:
         note += (
             f"\nrun.batch_size ({recipe.run.batch_size} lanes) must be a multiple of the devices: raise it for "

@@ -56,6 +56,12 @@ def gather(folders: Sequence[Path]) -> Figures:
         report["notes"].append("Quality was not measured on the same text for all runs: it does not compare.")
     if own_tokens:
         report["notes"].append("Tokenizers differ: bits a byte compare models, nats and perplexity a token do not.")
+    reasons = {
+        f"{name}: {why}"
+        for found in filter(None, latency)
+        for name, why in found["settings"].get("not_available", {}).items()
+    }
+    report["notes"] += [f"Not measured: {reason.rstrip('.')}." for reason in sorted(reasons)]
     for line in report["latency_by_context"]:
         if line["left_out"]:
             contexts = ", ".join(f"{context:,}" for context in line["left_out"])

@@ -224,9 +224,9 @@ def open_sessions(subjects: Sequence[Subject], options: argparse.Namespace) -> t
 
 
 def measure(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
     if options.probe:
         return probe(options)
-    torch.set_num_threads(options.threads)
     subjects = make_subjects(options.models, ("teacher", "student"), options.trust_remote_code)
     known = {name for subject in subjects for name in runtimes_of(subject)}
     if unknown := set(options.runtimes or ()) - known:
