@@ -6,6 +6,7 @@ python -m pytest tests/test_hub.py
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,8 @@ from hub_server import Fault, Hub
 from huggingface_hub import ModelCard, constants
 
 from distill.config import UserError
-from distill.hub import _retried, main, teacher_license, upload
+from distill.hub import _retried, _targets, _text_license, main, teacher_license, upload
+from distill.recipe import load_recipe
 from distill.student import LSTMForCausalLM
 
 
@@ -120,6 +122,24 @@ def test_the_card_says_what_was_measured(
     for part in ("curves.png", "frontier.png", "| student | 3000 |", "me/tiny", "Limits", "constant memory"):
         assert part in card.text
     assert result["corpus"]["fingerprint"] in card.text
+    if (folder / "model.onnx").is_file():
+        snippets = re.findall("```python\n(.*?)```", card.text, re.DOTALL)
+        without_torch = next(snippet for snippet in snippets if "InferenceSession" in snippet)
+        read = run_stranger(without_torch, cwd=folder)
+        assert read.returncode == 0 and len(read.stdout) > 30, read.stderr
+
+
+def test_the_card_says_what_is_known_of_text_and_targets(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = {"kind": "hidden", "cached": True, "manifest": {"width": 4, "encoding": "hidden"}}
+    assert _targets(targets) == "kind hidden, cached True; by the cache's manifest width 4, encoding hidden"
+    assert _targets({"kind": "hidden", "cached": False}) == "kind hidden, cached False"
+    recipe = load_recipe(world.recipe)
+    assert _text_license(recipe).endswith("see there")
+    of_hub = load_recipe(world.recipe, ["corpus.source=me/texts"])
+    for found, expected in ((["cc-by-sa-3.0", "gfdl"], "cc-by-sa-3.0 and gfdl"), ("mit", "mit"), (None, "see there")):
+        info = SimpleNamespace(card_data=SimpleNamespace(license=found))
+        monkeypatch.setattr("distill.hub.HfApi.dataset_info", lambda *_, answer=info, **__: answer)
+        assert _text_license(of_hub).endswith(expected)
 
 
 def test_the_same_thing_twice_changes_nothing(here: Hub, folder: Path) -> None:
