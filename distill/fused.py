@@ -215,6 +215,8 @@ class _ChunkedHeadLoss(torch.autograd.Function):
         (N, _), V = z_Nd.shape, len(weight_Vd)
         chunk, teacher_chunk, part, tile = chunk_sizes(device, V, compute.itemsize)
         chunk = math.ceil(N / math.ceil(N / chunk))  # all of about the same size
+        tiled = need_weight or weight_Vd.dtype != compute  # else no second matrix of the head's size is in sight
+        tile = min(tile, V) if tiled else V
         tiles = [slice(start, min(start + tile, V)) for start in range(0, V, tile)]
         asked = signal if objective.needs_teacher_logits else None
         teacher = _TeacherRows(asked, teacher_chunk, objective.temperature) if asked else None
@@ -225,7 +227,7 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             totals: dict[str, Tensor] = {}
             # What is computed first is what the rest is written over: one buffer of each size for the whole loop.
             logits_CV = z_Nd.new_empty(min(chunk, N), V, dtype=compute)
-            tile_vd = z_Nd.new_empty(min(tile, V), z_Nd.shape[1], dtype=compute)
+            tile_vd = z_Nd.new_empty(tile if tiled else 0, z_Nd.shape[1], dtype=compute)
 
             def weight_of(columns: slice) -> Tensor:
                 weight_vd = weight_Vd[columns]
