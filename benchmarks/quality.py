@@ -3,7 +3,7 @@
     make bench-quality          or, quicker:  python -m benchmarks.quality --seeds 0 --long 0
 
 Every way has the quickstart's teacher, text and LSTM, and as many seconds of training as *ours*, the teacher's time and
-the building of cached targets counted in:
+the building of cached targets counted in; those from random weights have the control's learning rate:
 
     ours                     the recipe as it is
     control                  cross-entropy from random weights, the run's own control
@@ -40,7 +40,7 @@ WAYS = ("ours", "control", "control, sampled", "KL, random weights")
 def compare(name: str, recipe: str, overrides: Sequence[str], seed: int, ways: Sequence[str]) -> dict[str, Any]:
     """Curves with one seed, and what follows: of ours, its control, and those of the other `ways`."""
     common = [f"evaluation.every.minutes={EVERY}", *overrides, f"run.seed={seed}"]
-    candidates = candidates_of(recipe, common)
+    candidates, learning_rate = candidates_of(recipe, common), load_recipe(recipe, common).control.learning_rate
     ours = run_recipe("quality", f"{name}-{seed}-ours", recipe, [*common, "control.candidates=null"])
     minutes = ours["student"]["train_seconds"] / 60
     curves: dict[str, Points] = {"ours": ours["curves"]["student"], "control": ours["curves"]["control"]}
@@ -49,7 +49,10 @@ def compare(name: str, recipe: str, overrides: Sequence[str], seed: int, ways: S
     for way, objective, drawn in further:
         if way not in ways:
             continue
-        stage = {"objective": objective, "length": {"minutes": minutes}, "candidates": drawn}
+        stage = {
+            "objective": objective, "length": {"minutes": minutes}, "candidates": drawn,
+            "learning_rate": learning_rate,
+        }  # fmt: skip
         slug = way.split()[-1] if "sampled" in way else "kl"
         result = run_recipe("quality", f"{name}-{seed}-{slug}", recipe, [*random, f"stages=[{json.dumps(stage)}]"])
         curves[way] = result["curves"]["student"]
