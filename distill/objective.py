@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,17 +26,35 @@ WEIGHT_SUM = "token_weights"  # beside the terms' sums: that of the tokens' weig
 
 
 class Softmax:
-    """q of logits (N, V) at a temperature and its logarithm, in fp32."""
+    """q of logits (N, V) at a temperature, in fp32; log q = shifted - log_total."""
 
     def __init__(self, logits_NV: Tensor, temperature: float) -> None:
         scaled_NV = logits_NV.float()
-        # One kernel keeps each row in the cache, which the passes of its parts would not.
-        self.log_probs_NV = torch.log_softmax(scaled_NV if temperature == 1 else scaled_NV / temperature, -1)
-        self.probs_NV = self.log_probs_NV.exp()
+        highest_N1 = scaled_NV.amax(-1, keepdim=True)
+        # What `float` has copied may be written over, the caller's own matrix not.
+        self.shifted_NV = scaled_NV - highest_N1 if scaled_NV is logits_NV else scaled_NV.sub_(highest_N1)
+        if temperature != 1:
+            self.shifted_NV.div_(temperature)
+        self.probs_NV = self.shifted_NV.exp()
+        total_N1 = self.probs_NV.sum(-1, keepdim=True)
+        self.probs_NV.mul_(total_N1.reciprocal())
+        self.log_total_N1 = total_N1.log()
+
+    @cached_property
+    def log_probs_NV(self) -> Tensor:
+        return self.shifted_NV - self.log_total_N1
+
+    def log_probs_at(self, ids_NK: Tensor) -> Tensor:
+        """log q of K outcomes of each token."""
+        return self.shifted_NV.gather(1, ids_NK) - self.log_total_N1
 
     def entropy_N1(self) -> Tensor:
         """In nats."""
-        return -torch.linalg.vecdot(self.probs_NV, self.log_probs_NV)[:, None]
+        return self.log_total_N1 - torch.linalg.vecdot(self.probs_NV, self.shifted_NV)[:, None]
+
+    def highest_N1(self) -> Tensor:
+        """The largest probability."""
+        return (-self.log_total_N1).exp()
 
 
 @dataclass(frozen=True)
@@ -112,7 +131,7 @@ class Objective:
             q_NV = student.probs_NV.clone() if len(terms) > 1 else student.probs_NV  # a term may write over it
             if name == "cross_entropy":
                 label_N1 = labels_N[:, None].clamp_min(0)
-                log_q_N1 = student.log_probs_NV.gather(1, label_N1)
+                log_q_N1 = student.log_probs_at(label_N1)
                 grad_NV = q_NV.scatter_add_(1, label_N1, q_NV.new_full((1, 1), -1.0).expand_as(label_N1))
                 if self.unlabelled:
                     without_N1 = labels_N[:, None] < 0
@@ -141,8 +160,9 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """D summed over tokens, and q (g - <q, g>), both without the factors of the temperature."""
         if name == "forward_kl":  # g = -p / q
-            value_N1 = torch.linalg.vecdot(p.probs_NV, p.log_probs_NV - q.log_probs_NV)[:, None]
-            return _total(value_N1, weight_N1), q_NV.sub_(p.probs_NV)
+            log_ratio_N1 = torch.linalg.vecdot(p.probs_NV, p.shifted_NV - q.shifted_NV)[:, None]
+            value = _total(log_ratio_N1, weight_N1) + _total(q.log_total_N1 - p.log_total_N1, weight_N1)
+            return value, q_NV.sub_(p.probs_NV)
         return self._of_logarithms(name, p.log_probs_NV, q.log_probs_NV, p.probs_NV, q_NV, weight_N1)
 
     def _of_logarithms(
@@ -178,7 +198,7 @@ class Objective:
     ) -> tuple[Tensor, Tensor]:
         """As `_divergence`, of a few outcomes: the gradient of all others is the student's softmax, scaled by row."""
         ids_NK = signal.ids_NK
-        log_q_NK = student.log_probs_NV.gather(1, ids_NK)
+        log_q_NK = student.log_probs_at(ids_NK)
         if signal.tail_N is None:
             if name != "forward_kl" or signal.entropy_N is None:
                 raise ValueError(f"{name} of sampled outcomes would be biased")
@@ -197,7 +217,7 @@ class Objective:
 def _teacher_weights(name: TokenWeights, teacher: Softmax | SparseSignal) -> Tensor:
     """Weights (N, 1) of tokens from the teacher's distribution; of K outcomes and a tail, the tail is one more."""
     if isinstance(teacher, Softmax):
-        return teacher.entropy_N1() if name == "teacher_entropy" else teacher.probs_NV.amax(-1, keepdim=True)
+        return teacher.entropy_N1() if name == "teacher_entropy" else teacher.highest_N1()
     if name == "teacher_confidence":
         if teacher.tail_N is None:
             raise ValueError("teacher_confidence: a random sample need not hold the likeliest token")

@@ -29,7 +29,7 @@ def test_weights_of_tokens_have_mean_one(world: World, tmp_path: Path, monkeypat
         log = (tmp_path / name / "tiny" / "student.log.jsonl").read_text().splitlines()
         return [{key: value for key, value in json.loads(line).items() if "loss" in key} for line in log]
 
-    monkeypatch.setattr(objective, "_teacher_weights", lambda _, teacher: torch.full_like(teacher.probs_NV[:, :1], 7.0))
+    monkeypatch.setattr(objective, "_teacher_weights", lambda _, teacher: torch.full_like(teacher.log_total_N1, 7.0))
     plain, weighted = logged("plain"), logged("weighted", "stages.0.token_weights=teacher_entropy")
     for row, expected in zip(weighted, plain, strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
