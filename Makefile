@@ -82,7 +82,8 @@ check-mirror: install-dev .venv-olah/.done  ## a published student through olah,
 	POTSTILL_OLAH=$(CURDIR)/.venv-olah/bin/olah-cli $(BIN)/python -m pytest -n 0 tests/test_published.py $(PYTEST_ARGS)
 
 audit: .venv-audit/.done  ## known advisories against the locked packages; needs the network
-	.venv-audit/bin/pip-audit --strict --require-hashes --disable-pip -r requirements/base.txt -r requirements/dev.txt
+	.venv-audit/bin/pip-audit --strict --require-hashes --disable-pip $(foreach lock,base dev data,-r requirements/$(lock).txt)
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements/torch.txt
 
 bench-loss: install  ## time and memory of the fused loss against eager code; ARGS='--sizes 1024'
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.loss $(ARGS)
