@@ -23,6 +23,7 @@ import pytest
 import torch
 from conftest import ROOT, World, run_command
 from hub_server import Hub, Repo
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from distill import cli, corpus, export
@@ -141,7 +142,13 @@ def tuned(folder: Path) -> Any:
     return network
 
 
-def pickled_tuned(folder: Path) -> Any:
+def damaged_tuned(folder: Path) -> None:
+    """A run compares its checksums first, and fine-tunes again."""
+    with pytest.raises(SafetensorError):
+        tuned(folder)
+
+
+def pickled_tuned(folder: Path) -> None:
     (folder / "tuned" / "model.safetensors").unlink()
     with pytest.raises(OSError):
         tuned(folder)
@@ -180,7 +187,7 @@ READERS: dict[str, tuple[str | Callable[[Path], Path], Callable[[Path], Any]]] =
     "written text's record": ("written/records/00000.json", lambda f: text_files(f / "written")),
     "soft targets": ("soft_targets/logits.safetensors", soft_targets),
     "soft targets' time": ("soft_targets/about.json", soft_targets),
-    "fine-tuned teacher": ("tuned/model.safetensors", tuned),
+    "fine-tuned teacher": ("tuned/model.safetensors", damaged_tuned),
     "fine-tuned teacher in the old format": ("tuned/pytorch_model.bin", pickled_tuned),
     "teacher": ("teacher/model.safetensors", language_model),
     "teacher in the old format": ("teacher/pytorch_model.bin", pickled_weights),
