@@ -274,7 +274,7 @@ def test_nobody_waits_for_the_disk(watched: Path) -> None:
 def test_nobody_waits_for_anothers_evaluation(watched: Path) -> None:
     """Each scores its half of every validation."""
     one, other = (json.loads((watched / f"scored-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
-    assert len(one) == len(other) >= 10
+    assert len(one) == len(other) >= 5
     whole = result_of(watched / "tiny")["student"]["tokens"]
     assert all(a + b == whole and abs(a - b) <= 40 for a, b in zip(one, other, strict=True))  # a document has up to 40
 
