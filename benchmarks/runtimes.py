@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -192,7 +192,7 @@ def weights_in_int8(step: Step) -> Any:
 
 def ways(student: LSTMForCausalLM, folder: Path) -> dict[str, Callable[[], Round]]:
     """What opens each runtime, by its name."""
-    config = student.config
+    config = cast(LSTMConfig, student.config)
     with torch.inference_mode():
         hidden_Nd = student.model(own_text(student, 16, 16), use_cache=False).last_hidden_state.flatten(0, 1)
     heads = {
