@@ -32,7 +32,7 @@ CHECK_PYTHON := import sys; v = sys.version_info; (3, 11) <= v[:2] <= (3, 13) or
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install install-dev distill frontier smoke test check check-mirror fuzz faults audit docs lock clean FORCE \
-	bench-loss bench-train bench-cache bench-ablation bench-quality bench-methods bench-decode bench-speculative \
+	bench-loss bench-train bench-cache bench-ablation bench-quality bench-methods bench-decode bench-runtimes bench-speculative \
 	bench-scaling bench-streaming bench-cells
 
 help:  ## list the targets and their variables
@@ -82,7 +82,8 @@ check-mirror: install-dev .venv-olah/.done  ## a published student through olah,
 	POTSTILL_OLAH=$(CURDIR)/.venv-olah/bin/olah-cli $(BIN)/python -m pytest -n 0 tests/test_published.py $(PYTEST_ARGS)
 
 audit: .venv-audit/.done  ## known advisories against the locked packages; needs the network
-	.venv-audit/bin/pip-audit --strict --require-hashes --disable-pip -r requirements/base.txt -r requirements/dev.txt
+	.venv-audit/bin/pip-audit --strict --require-hashes --disable-pip $(foreach lock,base dev data,-r requirements/$(lock).txt)
+	.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r requirements/torch.txt
 
 bench-loss: install  ## time and memory of the fused loss against eager code; ARGS='--sizes 1024'
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.loss $(ARGS)
@@ -110,6 +111,9 @@ bench-methods: install  ## what each method and each kind of student buys, and r
 
 bench-decode: install .venv-llama/.done  ## speed of decoding: the student, its teacher in llama.cpp and transformers; after make distill
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.decode $(ARGS)
+
+bench-runtimes: install build/torchao/.done  ## one decoding step in onnxruntime, torch.compile, AOTInductor, torchao: why the first
+	OMP_NUM_THREADS=$(THREADS) PYTHONPATH=build/torchao $(BIN)/python -m benchmarks.runtimes $(ARGS)
 
 bench-speculative: install  ## the student drafts for its teacher: speed and acceptance; after make distill
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.speculative $(ARGS)
@@ -180,6 +184,11 @@ LLAMA_FLAGS := $(if $(shell grep -m1 -o amx_tile /proc/cpuinfo 2>/dev/null),-DGG
 .venv-llama/.done: benchmarks/requirements-llama.txt .venv/.python
 	$(PYTHON) -m venv .venv-llama
 	CMAKE_ARGS="$(LLAMA_FLAGS)" .venv-llama/bin/python -m pip --disable-pip-version-check install -qq -r $<
+	@touch $@
+
+# Beside .venv, not in it: nothing but make bench-runtimes reads it.
+build/torchao/.done: .venv/.python
+	$(PIP) install -qq --no-deps --target build/torchao torchao==0.18.0
 	@touch $@
 
 .venv-olah/.done: .venv/.python

@@ -18,6 +18,7 @@ import os
 import random
 import signal
 import sys
+import threading
 import time
 import traceback
 import urllib.request
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from benchmarks.tiny import World
 
@@ -187,6 +189,8 @@ class Trial:
             log = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             for stream in (1, 2):
                 os.dup2(log, stream)
+            # Its own is a semaphore that all forked processes share: one that is killed with it would stop the others.
+            tqdm.set_lock(threading.RLock())
             self._reach_the_hub()
             finish = prepare()
             code = importlib.import_module(COMMANDS[self.command][0]).main(self.arguments)

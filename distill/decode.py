@@ -11,7 +11,8 @@ Why onnxruntime: of what is well kept it alone reads int8 and int4 weights at me
 Measured on two cores (2.1 million weights of an LSTM's gates; 6.3 million of a preview; µs): its MatMulNBits 20
 and 121 (int4: 75), its MatMulInteger 27 and 233, torch's fbgemm 25 and 186, oneDNN 42 and 196, torch's
 `_weight_int8pack_mm` 55 and 221, `_weight_int4pack_mm` 50 and 149; a step is forty nodes at 1 to 2 µs each where
-torch needs 5 to 10. Without onnxruntime, `--runtime torch` decodes with the student's own fp32 forward.
+torch needs 5 to 10. Whole steps under torch.compile, AOTInductor and torchao take 2.7 times as long or more (`make
+bench-runtimes`). Without onnxruntime, `--runtime torch` decodes with the student's own fp32 forward.
 
 Legend: B sequences, V tokens (W: rounded up to whole blocks), n blocks of k tokens, L layers, H width.
 """

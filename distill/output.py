@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 
 def machine() -> dict[str, Any]:
@@ -37,13 +38,16 @@ def _cpu_model() -> str:
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, str]], note: str = "", console: Console | None = None) -> None:
-    """Keys are the columns; what a row lacks is a dash. Numbers are formatted by the caller. `note` goes below."""
-    table = Table(title=title)
+    """Keys are the columns; what a row lacks is a dash. Numbers are formatted by the caller. `note` goes below.
+
+    All of it is shown as it stands: names come from files, and rich would take [x] in them for its own markup.
+    """
+    table = Table(title=Text(title, style="table.title"))
     columns = list(dict.fromkeys(column for row in rows for column in row))
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(Text(column), justify="left" if number == 0 else "right")
     for row in rows:
-        table.add_row(*(row.get(column, "–") for column in columns))
+        table.add_row(*(Text(row.get(column, "–")) for column in columns))
     console = console or Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
     if note:

@@ -292,9 +292,11 @@ def print_result(result: dict[str, Any], folder: Path, console: Console | None =
     title = f"{result['name']}, validation on {result['student']['tokens']:,} tokens"
     print_table(title, table_rows(result), console=console)
     if served := result["targets"].get("served"):
-        console.print(f"Soft targets of {served}, served. Teacher, KL and top-1 in the table are of the local teacher.")
+        said = f"Soft targets of {served}, served. Teacher, KL and top-1 in the table are of the local teacher."
+        console.print(said, markup=False)
     if teachers := result["targets"].get("teachers"):
-        console.print(f"Soft targets of {teachers}, averaged. Teacher, KL and top-1 in the table are of the first.")
+        said = f"Soft targets of {teachers}, averaged. Teacher, KL and top-1 in the table are of the first."
+        console.print(said, markup=False)
     if "tokenizer" in result:
         console.print("Teacher and student have tokenizers of their own: bits/byte compares them, ppl and nats do not.")
     for sample in result["samples"]:
@@ -305,7 +307,9 @@ def print_result(result: dict[str, Any], folder: Path, console: Console | None =
         gain, ratio = result["distillation_gain_nats"], result["time_to_control_loss"]
         time = "did not reach its loss" if ratio is None else f"reached its loss in {ratio:.0%} of its time"
         same = result["control"]["match"].replace("_", " ")
-        console.print(f"Distillation gained {gain:+.3f} nats over the control at equal {same}, and {time}.")
+        console.print(
+            f"Distillation gained {gain:+.3f} nats over the control at equal {same}, and {time}.", markup=False
+        )
     console.print(f"Run folder: {folder}", soft_wrap=True, highlight=False, markup=False)
 
 

@@ -324,14 +324,20 @@ class SGLang(Reader):
             "input_ids": tokens,
             "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
             "return_logprob": True,
+            "return_text_in_logprobs": True,
             "logprob_start_len": 0,
             "top_logprobs_num": self.outcomes,
         }
         answer = await self.server.post("/generate", body)
-        read = [entry[1] for entry in self.server.part(answer, "meta_info", "input_token_logprobs")]
+        entries = self.server.part(answer, "meta_info", "input_token_logprobs")  # log-probability, id, text
+        read = [entry[1] for entry in entries]
         if read != tokens:
             place = _common(tokens, read)
             raise self.refuse(place, tokens[place : place + 1], read[place : place + 1])
+        for place, (token, entry) in enumerate(zip(tokens, entries, strict=True)):
+            text = entry[2] if len(entry) > 2 else None
+            if not self.vocabulary.may_be(token, text):
+                raise self.refuse(place, self.vocabulary.texts[token], text)
         places = self.server.part(answer, "meta_info", "input_top_logprobs")
         return [self.checked({int(entry[1]): _number(entry[0]) for entry in place}) for place in places[1:]]
 

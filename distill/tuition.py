@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -51,11 +52,14 @@ class SoftTargets:
         """From a folder; None where there are none, or they are damaged."""
         if not folder.is_dir():
             return None
-        if problem := damage(folder):
-            logger.warning("%s: damaged (%s) and asked for again", folder, problem)
+        try:
+            if problem := damage(folder):
+                raise ValueError(problem)
+            tensors = load_file(folder / LOGITS)
+            return cls(tensors["texts_NC"], tensors["copies_NC"], **json.loads((folder / ABOUT).read_text("utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            logger.warning("%s: damaged (%s) and asked for again", folder, error)
             return None
-        tensors = load_file(folder / LOGITS)
-        return cls(tensors["texts_NC"], tensors["copies_NC"], **json.loads((folder / ABOUT).read_text("utf-8")))
 
     def write(self, folder: Path) -> None:
         """Into a folder, atomically."""

@@ -20,11 +20,11 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from distill.checkpoint import clear_leftovers, write_atomically, write_json
 from distill.config import UserError
@@ -34,6 +34,7 @@ from distill.shards import problem_of
 
 logger = logging.getLogger(__name__)
 FORMAT = 1
+MOST_SHARDS = 1_000_000  # each is looked at whenever the text is read
 MANIFEST = "written.json"
 TEXT_FIELD = "text"
 SCHEMA = pa.schema(
@@ -54,8 +55,14 @@ class _Manifest(BaseModel):
     format: int
     teacher: str
     identity: dict[str, str | int | float | bool | None]
-    documents: Annotated[int, Field(gt=0)]
+    documents: Annotated[int, Field(gt=0, lt=2**63)]
     documents_per_shard: Annotated[int, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _shards_to_look_at(self) -> Self:
+        if self.documents > MOST_SHARDS * self.documents_per_shard:
+            raise ValueError(f"more than {MOST_SHARDS:,} shards")
+        return self
 
 
 class _Record(BaseModel):

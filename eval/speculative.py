@@ -39,7 +39,7 @@ from transformers import DynamicCache
 
 from distill.command import guarded
 from distill.config import UserError
-from distill.decode import end_tokens, find_student, load_decoder
+from distill.decode import end_tokens, find_student, load_decoder, load_tokenizer
 from distill.output import print_json, print_table
 from distill.sampling import Sampler
 from distill.session import available_cores
@@ -343,11 +343,14 @@ def compare(options: argparse.Namespace) -> dict[str, dict[str, Any]]:
     folder = find_student(options.student)
     drafter: Any = TorchDecoder(folder) if options.runtime == "torch" else load_decoder(folder, threads=1)
     rows = teacher.model.get_output_embeddings().weight.shape[0]  # some are padding
+    belongs = "a student drafts for the teacher that it was distilled from, with the same tokenizer"
     if not teacher.vocab_size <= drafter.vocab_size <= rows:
-        raise UserError(
-            f"{options.student} has {drafter.vocab_size} tokens and {options.teacher} {teacher.vocab_size}: a student "
-            "drafts for the teacher that it was distilled from, with the same tokenizer"
-        )
+        sizes = f"{options.student} has {drafter.vocab_size} tokens and {options.teacher} {teacher.vocab_size}"
+        raise UserError(f"{sizes}: {belongs}")
+    ours, theirs = load_tokenizer(folder).get_vocab(), teacher.tokenizer.get_vocab()
+    if others := sorted({token for token, _ in ours.items() ^ theirs.items()}):
+        ids = f"{ours.get(others[0])} of {options.student} and {theirs.get(others[0])} of {options.teacher}"
+        raise UserError(f"token {others[0]!r} is {ids}, and {len(others) - 1} more differ: {belongs}")
     texts = options.prompt or PROMPTS
     if not all(texts):
         raise UserError("--prompt: expected at least one token, found none; give some text")

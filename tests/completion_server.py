@@ -124,7 +124,8 @@ class CompletionServer:
         ids, k = body["input_ids"], body["top_logprobs_num"]
         after = self.logprobs(ids)
         tops = [None, *([[row[i].item(), i, None] for i in row.topk(k).indices.tolist()] for row in after[:-1])]
-        read = [[None, token + self.change, None] for token in ids]
+        texts = [self.tokenizer.decode([token]) if body.get("return_text_in_logprobs") else None for token in ids]
+        read = [[None, token + self.change, text] for token, text in zip(ids, texts, strict=True)]
         return {"text": "x", "meta_info": {"input_token_logprobs": read, "input_top_logprobs": tops}}
 
 

@@ -8,10 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import World, run_command
+from test_student import make_student
 
-from benchmarks import ablation, methods, quality, scaling, train
+from benchmarks import ablation, methods, quality, runtimes, scaling, train
 from distill.config import UserError
+from distill.quantise import two_step_head
 from distill.recipe import load_recipe
 
 TINY = ("targets.k=8", "targets.samples=4")
@@ -181,6 +184,42 @@ def test_bench_methods_by_hand(
     assert result["medians"]["GRU"]["nll_nats"] == 6.0 and result["medians"]["GRU"]["tokens_per_second"] == 10
     assert result["best.nll_gap_to_teacher_nats"] == 2.0 and result["best.parameters"] == 7
     assert "25%, 0%" in output and "–" in output
+
+
+@pytest.mark.parametrize("head", ["whole", "two steps"])
+def test_bench_runtimes_compares_the_same_step(head: str) -> None:
+    """As it is written out for compilers, against the student. 512 tokens: all of them are refined."""
+    student = make_student(vocab_size=512, dtype=torch.float32)
+    z_Nd = student.model(torch.arange(512)[None]).last_hidden_state[0].detach()
+    two_steps = runtimes.TwoSteps(*two_step_head(student.lm_head.weight.detach(), z_Nd, 3))
+    step = runtimes.Step(student, runtimes.WholeHead(student) if head == "whole" else two_steps)
+    text, written = runtimes.start(student.config, torch.float32), [0]
+    with torch.no_grad():
+        for _ in range(40):
+            text = step(*text)
+            written.append(int(text[0]))
+        expected = student(torch.tensor([written[:-1]])).logits[0].argmax(-1).tolist()
+    assert written[1:] == expected and len(set(written)) > 5
+
+
+def test_bench_runtimes(tmp_path: Path) -> None:
+    arguments = (
+        "--vocab-size",
+        "1024",
+        "--hidden-size",
+        "32",
+        "--steps",
+        "2",
+        "--rounds",
+        "1",
+        "--only",
+        "onnx",
+        "eager",
+    )
+    found = run_command(*arguments, launcher=("-m", "benchmarks.runtimes"), cwd=tmp_path)
+    assert found.returncode == 0, found.stderr
+    rows = last_line(found.stdout)["rows"]
+    assert len(rows) == 6 and all(row["us"] > 0 for row in rows.values())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the memory is read from /proc")

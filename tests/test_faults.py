@@ -50,6 +50,36 @@ def test_a_resume_that_goes_on_with_other_numbers_is_seen(
     assert not (tmp_path / "faults.md").exists(), "some kinds alone are not the table"
 
 
+KILLED_IN_A_BAR = """
+import os, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+
+from tqdm import tqdm
+
+from benchmarks import fault_trials
+
+
+def die():
+    tqdm.get_lock().acquire()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+list(tqdm(range(2)))  # the parent has shown a bar
+sys.modules["bar"] = SimpleNamespace(main=lambda _: len(list(tqdm(range(3)))) - 3)
+fault_trials.COMMANDS["train"], fault_trials.LIMIT = ("bar", ()), 20.0
+world = SimpleNamespace(recipe="", folder=Path(sys.argv[1]))
+trial = fault_trials.Trial(world, "train", "none", 0, 0, Path(sys.argv[1]) / "trial")
+print(trial.run(prepare=die).code, trial.run().code)
+"""
+
+
+def test_an_attempt_that_is_killed_holds_nobody_up(tmp_path: Path) -> None:
+    """Not even with the lock of the progress bars in its hands."""
+    run = run_command(str(tmp_path), launcher=("-c", KILLED_IN_A_BAR), cwd=tmp_path)
+    assert run.stdout.split() == ["-9", "0"], run.stderr
+
+
 @pytest.mark.parametrize(
     ("code", "text", "problem"),
     [

@@ -1,5 +1,7 @@
 """What reads files of ours, fed with what they are not: a result or one clear error, never a traceback, never a hang.
 
+Recipes, overrides, manifests of cached targets and of written text, records of shards, results of both kinds.
+
 python -m pytest tests/test_fuzz.py; `make fuzz` tries a hundred times as much.
 """
 
@@ -22,6 +24,8 @@ from distill.recipe import dump_recipe, load_recipe
 from distill.result import check_files, print_result, read_result, table_rows
 from distill.sealed import read_sealed, seal
 from distill.targets import MANIFEST, _collect, read_manifest, shard_file
+from distill.written import MANIFEST as WRITTEN
+from distill.written import WrittenText, text_files
 
 FUZZ = settings(
     max_examples=60 * int(os.environ.get("FUZZ", "1")),
@@ -42,12 +46,30 @@ RESULT: dict[str, Any] = {
     "samples": [{"prompt": "In 1969,", "greedy": " the", "sampled": " a"}],
     "curves": {"student": [{"tokens": 10, "seconds": 1.0, "nll_nats": 5.0}]},
     "corpus": {"fingerprint": "0f", "train_tokens": 100, "train_documents": 3},
-    "targets": {"kind": "hidden", "cached": False},
+    "targets": {"kind": "hidden", "cached": False, "served": "big", "teachers": "two"},
     "versions": {"python": "3.11"},
     "files": {
         "student": {"model.safetensors": "0" * 64, "config.json": "0" * 64},
         ".": {"student.log.jsonl": "0" * 64},
     },
+}
+ACCURACY = {
+    "accuracy": 0.7, "accuracy_interval": [0.6, 0.8], "nll_nats": 0.9, "texts": 991, "parameters": 33_100_000,
+    "weight_bytes": 10**8, "latency_ms_p50": 1.5, "top1_agreement": 0.8,
+}  # fmt: skip
+CLASSIFIED: dict[str, Any] = {
+    **{key: RESULT[key] for key in ("name", "curves", "versions", "files")},
+    "task": "classification",
+    "teacher": {**ACCURACY, "model": "some/teacher"},
+    "student": ACCURACY,
+    "control": {**ACCURACY, "match": "wall_time"},
+    "accuracy_gain": 0.05,
+    "accuracy_gain_interval": [0.01, 0.09],
+    "speedup": 20.0,
+    "majority_accuracy": 0.2,
+    "classes": ["arts", "sport"],
+    "corpus": {"fingerprint": "0f", "train_texts": 100},
+    "targets": {"texts": 200},
 }
 SHARD = {"blocks": 10, "bytes": 1000, "sha256": "0" * 64, "seconds": 0.5}
 CACHE: dict[str, Any] = {
@@ -58,12 +80,24 @@ CACHE: dict[str, Any] = {
     "blocks_per_shard": 10,
     "shards": {"0": SHARD, "1": SHARD},
 }
+WRITTEN_SHARD = {"documents": 8, "tokens": 90, "bytes": 1000, "sha256": "0" * 64, "seconds": 0.5}
+WRITTEN_TEXT: dict[str, Any] = {
+    "format": 1,
+    "teacher": "some/teacher",
+    "identity": {"temperature": 1.0, "seed": 0, "folder": None},
+    "documents": 20,
+    "documents_per_shard": 8,
+}
 
-KEYS = st.sampled_from(sorted({*RESULT, *FIGURES, *CACHE, *CACHE["identity"], *SHARD}))
+KEYS = st.sampled_from(
+    sorted(
+        {*RESULT, *FIGURES, *CLASSIFIED, *ACCURACY, *CACHE, *CACHE["identity"], *SHARD, *WRITTEN_TEXT, *WRITTEN_SHARD}
+    )
+)
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.integers(-(10**30), 10**30), st.floats(allow_subnormal=False),
     st.text(max_size=8), KEYS,
-    st.sampled_from(["../../etc/passwd", "/etc/passwd", "..", ".", "", "a/b", "\0", "NaN", "hidden", "0" * 64]),
+    st.sampled_from(["../../etc/passwd", "/etc/passwd", "..", ".", "", "a/b", "\0", "NaN", "hidden", "0" * 64, "[/x]"]),
 )  # fmt: skip
 TREES = st.recursive(
     SCALARS,
@@ -189,11 +223,42 @@ def test_a_record_of_a_finished_shard(tmp_path: Path, content: Any) -> None:
     assert not list((tmp_path / "building").iterdir()), "a record that cannot be read goes as well"
 
 
+# Written text
+
+
+@FUZZ
+@given(content=changes_of(WRITTEN_TEXT), sealed=st.booleans())
+@example(content={**WRITTEN_TEXT, "documents": 10**12}, sealed=True)
+def test_a_manifest_of_written_text(tmp_path: Path, content: Any, sealed: bool) -> None:
+    write(tmp_path / WRITTEN, content, sealed)
+    try:
+        written = WrittenText(tmp_path)
+    except UserError as error:
+        assert str(error).startswith(str(tmp_path / WRITTEN))
+        return
+    assert sum(map(len, written.shards.values())) == written.manifest["documents"]
+    assert all(written.file(number).resolve().is_relative_to(tmp_path.resolve()) for number in written.shards)
+    assert len(written.missing()) == len(written.shards)
+    with pytest.raises(UserError, match="finish it with"):
+        text_files(tmp_path)
+
+
+@FUZZ
+@given(content=changes_of(WRITTEN_SHARD), sealed=st.booleans())
+def test_a_record_of_written_text(tmp_path: Path, content: Any, sealed: bool) -> None:
+    write(tmp_path / WRITTEN, WRITTEN_TEXT, sealed=True)
+    write(tmp_path / "records" / "00000.json", content, sealed)
+    assert WrittenText(tmp_path).missing() == [0, 1, 2], "its file is not there"
+
+
 # Results
 
 
 @FUZZ
-@given(content=changes_of(RESULT), sealed=st.booleans())
+@given(content=st.one_of(changes_of(RESULT), changes_of(CLASSIFIED)), sealed=st.booleans())
+@example(content={**RESULT, "targets": {"served": "[/x]", "teachers": "[/x]"}}, sealed=True)
+@example(content={**RESULT, "name": "[/x]", "control": {**FIGURES, "match": "[/x]"}}, sealed=True)
+@example(content={**CLASSIFIED, "name": "[/x]"}, sealed=True)
 @example(
     content={**RESULT, "samples": [{"prompt": "[/dim]", "greedy": "[/b] [red", "sampled": "[@click=x]"}]}, sealed=True
 )
@@ -217,7 +282,12 @@ def test_the_seeds_of_the_fuzzing_are_good(tmp_path: Path) -> None:
     """Else every change of them would be refused, and nothing tried."""
     write(tmp_path / "result.json", RESULT, sealed=True)
     write(tmp_path / MANIFEST, CACHE, sealed=True)
+    write(tmp_path / WRITTEN, WRITTEN_TEXT, sealed=True)
     assert read_result(tmp_path) == RESULT and read_manifest(tmp_path) == CACHE
+    assert WrittenText(tmp_path).manifest == WRITTEN_TEXT
+    write(tmp_path / "result.json", CLASSIFIED, sealed=True)
+    write(tmp_path / "records" / "00000.json", WRITTEN_SHARD, sealed=True)
+    assert read_result(tmp_path) == CLASSIFIED and WrittenText(tmp_path).record(0) == WRITTEN_SHARD
 
 
 @FUZZ

@@ -140,9 +140,10 @@ def test_a_configuration_that_is_not_there(capsys: pytest.CaptureFixture[str]) -
 
 # ---------------------------------------------------------------- one process, two, and a restart
 
-# Runs the real command with three things planted. `traffic`: bytes of gradients that DDP sends, by step and stage.
-# `patient`: the first checkpoint is not written before four more steps are taken. `kill`: in its first life, the
-# second process dies in the middle of the epoch.
+# Runs the real command with things planted. `watch`: bytes of gradients that DDP sends are counted by stage, and so are
+# the tokens that each process scores in a validation; the first checkpoint is not written before four more steps are
+# taken, nor the result before the second process has ended. `kill`: in its first life, the second process dies in the
+# middle of the epoch.
 PLANTED = """
 import json, os, signal, sys, time
 from pathlib import Path
@@ -151,13 +152,14 @@ sys.path.insert(0, {root!r})
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+import distill.job as job
 from distill.checkpoint import Checkpoints
 from distill.cli import main
 from distill.train import Training
 
 what, notes = sys.argv[1], Path(sys.argv[2])
 rank, life = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-sent = {{}}
+sent, scored = {{}}, []
 
 
 class Counting(torch.nn.parallel.DistributedDataParallel):
@@ -181,24 +183,39 @@ def planted_step(self, *arguments):
     return step(self, *arguments)
 
 
-put = Checkpoints._put
+put, score, write_result = Checkpoints._put, job.score, job.write_result
+
+
+def wait_until(name, happened):
+    deadline = time.monotonic() + 60
+    while not happened() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    (notes / name).write_text(json.dumps(time.monotonic() < deadline))
 
 
 def patient_put(self, number, write):
     log = self.folder.parent.parent / "student.log.jsonl"
-    deadline = time.monotonic() + 60
-    while number == 6 and len(log.read_text().splitlines()) < 10 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    waited = time.monotonic() < deadline
-    (notes / "waited.json").write_text(json.dumps(waited)) if number == 6 else None
+    if number == 6:
+        wait_until("waited.json", lambda: len(log.read_text().splitlines()) >= 10)
     put(self, number, write)
+
+
+def counted_score(model, share, **options):
+    scored.append(sum(len(tokens) - 1 for tokens in share.tokens))
+    return score(model, share, **options)
+
+
+def late_result(*arguments):
+    wait_until("left.json", (notes / "sent-1.json").exists)
+    write_result(*arguments)
 
 
 Training._step = planted_step
 if what == "watch":
     torch.nn.parallel.DistributedDataParallel = Counting
-    Checkpoints._put = patient_put
+    Checkpoints._put, job.score, job.write_result = patient_put, counted_score, late_result
 code = main(sys.argv[3:])
+(notes / f"scored-{{rank}}.json").write_text(json.dumps(scored))
 (notes / f"sent-{{rank}}.json").write_text(json.dumps(sent))
 sys.exit(code)
 """
@@ -248,8 +265,18 @@ def test_frozen_parts_send_no_gradients(watched: Path) -> None:
 
 
 def test_nobody_waits_for_the_disk(watched: Path) -> None:
-    """The checkpoint of step 6 was not written before step 10, and the run went on meanwhile."""
+    """The checkpoint of step 6 was not written before step 10, and the run went on meanwhile. And who has nothing left
+    to do has left before the result was written."""
     assert json.loads((watched / "waited.json").read_text(encoding="utf-8")) is True
+    assert json.loads((watched / "left.json").read_text(encoding="utf-8")) is True
+
+
+def test_nobody_waits_for_anothers_evaluation(watched: Path) -> None:
+    """Each scores its half of every validation."""
+    one, other = (json.loads((watched / f"scored-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1))
+    assert len(one) == len(other) >= 5
+    whole = result_of(watched / "tiny")["student"]["tokens"]
+    assert all(a + b == whole and abs(a - b) <= 40 for a, b in zip(one, other, strict=True))  # a document has up to 40
 
 
 def test_a_killed_process_is_restarted_and_nothing_is_lost(watched: Path, world: World, tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def problem(value: Any, schema: dict[str, Any], root: dict[str, Any], where: str
                 fits = next(filter(None, inners), True)
             case "pattern":
                 fits = re.search(wanted, value) is not None
+            case "minLength":
+                fits = len(value) >= wanted
             case "minimum" | "exclusiveMinimum":
                 fits = value > wanted or (value == wanted and key == "minimum")
             case "maximum" | "exclusiveMaximum":

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ import pytest
 import torch
 from conftest import ROOT, World, run_command
 from hub_server import Hub, Repo
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from distill import cli, corpus, export
@@ -33,13 +35,15 @@ from distill.documents import open_documents
 from distill.recipe import load_recipe
 from distill.redact import STARS, redact
 from distill.result import read_result
-from distill.sealed import damage, read_sealed, seal
-from distill.session import open_session
+from distill.sealed import damage, read_sealed, seal, write_checksums
+from distill.session import open_session, sha256
 from distill.shards import Checked
 from distill.targets import MANIFEST, CachedTargets, _collect, _download, read_manifest, shard_file
 from distill.teacher import load_language_model
 from distill.torch_decoder import load_student
 from distill.tracking import _read_identity
+from distill.tuition import SoftTargets, Tuition
+from distill.written import WrittenDocument, WrittenText, text_files
 from eval.command import make_subjects, read_results
 
 # Pickles
@@ -75,6 +79,12 @@ def places(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert cli.main(arguments) == 0
     assert export.main([str(folder / "run"), "--to", "decoder"]) == 0
     shutil.copytree(world.teacher, folder / "teacher")
+    written = WrittenText.claim(folder / "written", {}, "teacher", documents=1, documents_per_shard=1)
+    written.save(0, [WrittenDocument(0, [3, 4], 1, True)], ["river city"], 0.5)
+    shutil.copytree(world.teacher, folder / "tuned")
+    write_checksums(folder / "tuned")
+    SoftTargets(torch.zeros(2, 3), torch.zeros(0, 3), 1.0, []).write(folder / "soft_targets")
+    assert SoftTargets.read(folder / "soft_targets") and written_text(folder) == ["river city"] and tuned(folder)
     return folder
 
 
@@ -112,6 +122,38 @@ def stored_corpus(folder: Path) -> Any:
     return corpus._read(stored)
 
 
+def written_text(folder: Path) -> list[str]:
+    """With a record that goes with the shard, whatever that is."""
+    shard, record = (folder / "written" / name for name in ("data/train-00000.parquet", "records/00000.json"))
+    content = {**read_sealed(record), "bytes": shard.stat().st_size, "sha256": sha256(shard)}
+    record.write_text(json.dumps(seal(content)), encoding="utf-8")
+    return list(open_documents(CorpusConfig(source=str(folder / "written")), progress=False))
+
+
+def soft_targets(folder: Path) -> Any:
+    write_checksums(folder / "soft_targets")  # an attacker's own
+    return SoftTargets.read(folder / "soft_targets")
+
+
+def tuned(folder: Path) -> Any:
+    """The fine-tuned teacher of a classifier's run that goes on; the class of its network does not matter."""
+    network = language_model(folder).model
+    Tuition._take_tuned(SimpleNamespace(teacher=SimpleNamespace(network=network), tuned=folder / "tuned"))  # type: ignore[arg-type]
+    return network
+
+
+def damaged_tuned(folder: Path) -> None:
+    """A run compares its checksums first, and fine-tunes again."""
+    with pytest.raises(SafetensorError):
+        tuned(folder)
+
+
+def pickled_tuned(folder: Path) -> None:
+    (folder / "tuned" / "model.safetensors").unlink()
+    with pytest.raises(OSError):
+        tuned(folder)
+
+
 def in_corpus(name: str) -> Callable[[Path], Path]:
     return lambda folder: next((folder / "texts" / "corpus").iterdir()) / name
 
@@ -140,6 +182,13 @@ READERS: dict[str, tuple[str | Callable[[Path], Path], Callable[[Path], Any]]] =
     "tokens": (in_corpus("train.npy"), stored_corpus),
     "documents": (in_corpus("train.documents.npy"), stored_corpus),
     **{f"text{s}": (f"text{s}", lambda f, s=s: texts(f, s)) for s in (".txt", ".json", ".jsonl", ".parquet")},  # type: ignore[misc]
+    "written text": ("written/data/train-00000.parquet", written_text),
+    "written text's manifest": ("written/written.json", lambda f: text_files(f / "written")),
+    "written text's record": ("written/records/00000.json", lambda f: text_files(f / "written")),
+    "soft targets": ("soft_targets/logits.safetensors", soft_targets),
+    "soft targets' time": ("soft_targets/about.json", soft_targets),
+    "fine-tuned teacher": ("tuned/model.safetensors", damaged_tuned),
+    "fine-tuned teacher in the old format": ("tuned/pytorch_model.bin", pickled_tuned),
     "teacher": ("teacher/model.safetensors", language_model),
     "teacher in the old format": ("teacher/pytorch_model.bin", pickled_weights),
     "teacher's configuration": ("teacher/config.json", language_model),

@@ -196,6 +196,8 @@ def test_wrong_tokens_are_refused(
     decode = server.tokenizer.decode
     monkeypatch.setattr(server.tokenizer, "decode", lambda ids: decode(ids).replace("river", "brook"))
     refused("vllm")
+    server.change = 0
+    refused("sglang", "was ' river', the server read 'brook'")
     monkeypatch.undo()
     monkeypatch.setattr(server, "logprobs", lambda ids, real=server.logprobs: real(ids) * float("nan"))
     refused("vllm", "is the teacher's output finite")

@@ -16,6 +16,7 @@ from test_bad_input import refused
 from test_student import make_student
 from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 
+from benchmarks.tiny import WORDS, save_tokenizer
 from distill.sampling import Sampler
 from distill.torch_decoder import TorchDecoder
 from eval.speculative import Draft, PackedLinear, packed, speculate, teacher_alone
@@ -183,3 +184,8 @@ def test_the_command(world, folder, tmp_path):
     options = (str(world.teacher), str(other), "--runtime", "torch")
     message = refused(run_command(*options, launcher=("-m", "eval.speculative")))
     assert "65 tokens" in message and "same tokenizer" in message
+
+    save_tokenizer(folder := tmp_path / "renamed", ["brook" if word == "river" else word for word in WORDS])
+    make_student(dtype=torch.float32, vocab_size=V, eos_token_id=0).save_pretrained(folder)
+    message = refused(run_command(options[0], str(folder), *options[2:], launcher=("-m", "eval.speculative")))
+    assert "token 'brook' is 4 of" in message and "and None of" in message and "1 more differ" in message

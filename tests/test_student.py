@@ -419,6 +419,32 @@ def test_left_padded_batch_generates_what_single_prompts_do(options):
             torch.testing.assert_close(torch.stack(together.logits)[:, rows], torch.stack(alone.logits))
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "ln_lstm"])
+@pytest.mark.parametrize("options", [{"do_sample": False}, {"do_sample": True, "top_k": 3}], ids=["greedy", "sampling"])
+def test_a_bf16_student_generates_from_its_own_distribution(cell, options):
+    """Step by step, behind padding; the oracle reads each row alone, whole, and in fp32."""
+    student = make_student(pad_token_id=0, cell=cell, dtype=torch.bfloat16)
+    exact = make_student(pad_token_id=0, cell=cell, dtype=torch.float32)
+    exact.load_state_dict(student.state_dict())  # the rounded weights
+    ids_BT, mask_BT = padded_prompts()
+    torch.manual_seed(0)
+    written = student.generate(
+        ids_BT, attention_mask=mask_BT, max_new_tokens=12, return_dict_in_generate=True, output_logits=True, **options
+    )
+    assert all(part.dtype == torch.bfloat16 for part in written.past_key_values.state)
+    for row, length in enumerate(LENGTHS):
+        text_T = written.sequences[row, 6 - length :]
+        exact_tV = exact(text_T[None]).logits[0, length - 1 : -1]
+        found_tV = torch.stack(written.logits)[:, row].float()
+        slack = 0.03 * exact_tV.abs().max()  # 8 bits
+        assert (found_tV - exact_tV).abs().max() < slack
+        rank = 3 if options["do_sample"] else 1
+        chosen_t = exact_tV.gather(1, text_T[length:, None])[:, 0]
+        assert (chosen_t >= exact_tV.topk(rank).values[:, -1] - 2 * slack).all()
+    if not options["do_sample"]:
+        assert torch.equal(torch.stack(written.logits).argmax(-1).T, written.sequences[:, 6:])
+
+
 def test_chunked_prefill_finds_a_row_that_begins_in_a_later_chunk():
     student = make_student(pad_token_id=0)
     ids_BT, mask_BT = padded_prompts()
