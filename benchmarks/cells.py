@@ -114,9 +114,9 @@ def benchmark(options: argparse.Namespace) -> None:
     rows = {}
     for name in training:
         base = "bare lstm" if name.startswith("bare") else "lstm"
-        step = median(times[name])
-        rows[name] = {"step_ms": 1000 * step, "tokens_per_second": LANES * BLOCK / step}
-        rows[name]["ratio"] = step / median(times[base])
+        taken = median(times[name])
+        rows[name] = {"step_ms": 1000 * taken, "tokens_per_second": LANES * BLOCK / taken}
+        rows[name]["ratio"] = taken / median(times[base])
         if name in models:
             rows[name] |= {
                 "token_ms": 1000 * median(token_times[name]),
