@@ -302,7 +302,8 @@ def test_a_block_that_is_too_long_for_the_teacher_is_refused_before_any_work(pla
             parts, teacher = aligned(place, *overrides)
             teacher.signal(parts.blocks.batch(np.array([np.argmax(windows), 0])), Encoding("top_k", 8))
         else:
-            message = rf"windows of {longest} of its tokens \(teacher.context 6 .* block {np.argmax(windows)} are\) exceed"
+            worst = np.argmax(windows)
+            message = rf"windows of {longest} of its tokens \(teacher.context 6 .* block {worst} are\) exceed"
             with pytest.raises(UserError, match=message):
                 aligned(place, *overrides)
 
