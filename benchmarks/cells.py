@@ -114,7 +114,9 @@ def benchmark(options: argparse.Namespace) -> None:
     rows = {}
     for name in training:
         base = "bare lstm" if name.startswith("bare") else "lstm"
-        rows[name] = {"step_ms": 1000 * median(times[name]), "ratio": median(times[name]) / median(times[base])}
+        taken = median(times[name])
+        rows[name] = {"step_ms": 1000 * taken, "tokens_per_second": LANES * BLOCK / taken}
+        rows[name]["ratio"] = taken / median(times[base])
         if name in models:
             rows[name] |= {
                 "token_ms": 1000 * median(token_times[name]),
@@ -128,7 +130,8 @@ def benchmark(options: argparse.Namespace) -> None:
 
 
 def _shown(name: str, row: dict[str, float]) -> dict[str, str]:
-    shown = {"body": name, "step ms": f"{row['step_ms']:.0f}", "of lstm": f"{row['ratio']:.2f}"}
+    shown = {"body": name, "step ms": f"{row['step_ms']:.0f}", "tokens/s": f"{row['tokens_per_second']:,.0f}"}
+    shown |= {"of lstm": f"{row['ratio']:.2f}"}
     if "token_ms" not in row:
         return shown | dict.fromkeys(("token ms", "of lstm ", "M weights", "state KiB"), "–")
     shown |= {"token ms": f"{row['token_ms']:.2f}", "of lstm ": f"{row['token_ratio']:.2f}"}

@@ -31,6 +31,17 @@ def candidates_of(recipe: str, overrides: Sequence[str]) -> int | None:
     return next((stage.candidates for stage in load_recipe(recipe, overrides).stages if stage.candidates), None)
 
 
+def run_tool(module: str, recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The JSON line that a command of ours prints last, from a process of its own."""
+    command = [sys.executable, "-m", module, recipe, *overrides]
+    found = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    print(found.stdout, end="", flush=True)
+    if found.returncode:
+        raise UserError(f"{module} {recipe}: failed, as said above")
+    figures: dict[str, Any] = json.loads(found.stdout.splitlines()[-1])
+    return figures
+
+
 def run_recipe(benchmark: str, name: str, recipe: str, overrides: Sequence[str]) -> dict[str, Any]:
     """The result of a run in a process of its own, under runs/bench/BENCHMARK/NAME."""
     parent = FOLDER.resolve() / benchmark

@@ -95,6 +95,29 @@ class Alignment:
                     rest = spelling.bytes_V[tokens_n[stop + 1]][: label - int(ends_n[stop])]
             yield Place(first + last, begun, crossing, full, rest)
 
+    def check_window(self, limit: float, field: str) -> None:
+        """UserError where context and the text of a block are more of the teacher's tokens than the `limit` it reads.
+
+        Blocks have as many of the student's tokens each; how many of the teacher's these are, the text decides.
+        """
+        context, count = self.teacher_blocks.context, len(self.blocks)
+        edges = [self._at(block) for block in range(count)] + [len(self.teacher_blocks.split.tokens) - 1]
+        for block in np.flatnonzero(context + np.diff(edges) + 1 > limit).tolist():  # may be one too many
+            first, last = rows_of(self.places(block))
+            if context + last - first + 1 > limit:
+                raise UserError(
+                    f"{field}: windows of {context + last - first + 1} of its tokens (teacher.context {context} + "
+                    f"{last - first + 1}, which the {self.blocks.block_length} student's tokens of block {block} are) "
+                    f"exceed its limit of {limit:.0f}; shorten corpus.block_length or teacher.context"
+                )
+
+    def _at(self, block: int) -> int:
+        """Position in the teacher's stream of the last token that it has read where a block begins."""
+        split, at = self.blocks.split, block * self.blocks.block_length
+        document = int(np.searchsorted(split.starts, at, side="right")) - 1
+        read = int(self.spelling.lengths_V[split.tokens[split.starts[document] : at + 1]].sum())
+        return next(self._in_document(document, np.array([read]), np.array([read]))).row
+
     def figures(self) -> dict[str, float]:
         """Shares of the training text's positions, from blocks spread over it: how well the two tokenizers fit."""
         blocks = np.linspace(0, len(self.blocks) - 1, min(len(self.blocks), SAMPLED_BLOCKS)).astype(int)
@@ -103,6 +126,11 @@ class Alignment:
             "share_at_common_boundaries": sum(not place.begun for place in places) / len(places),
             "share_of_labels_beyond_teachers_token": sum(place.crossing for place in places) / len(places),
         }
+
+
+def rows_of(places: list[Place]) -> tuple[int, int]:
+    """The first and the last position in the teacher's stream that a block's places need."""
+    return places[0].row, max(place.row + place.full + bool(place.rest) for place in places)
 
 
 @dataclass
@@ -123,7 +151,10 @@ class AlignedTeacher(LanguageModel):
     def of(
         cls, own: LanguageModel, tokenizer: PreTrainedTokenizerBase, ours: Corpus, theirs: Corpus, recipe: Recipe
     ) -> AlignedTeacher:
-        """From two corpora of the same documents; UserError where their tokens do not spell the same bytes."""
+        """From two corpora of the same documents.
+
+        UserError where their tokens do not spell the same bytes, or a block has more than the teacher can read.
+        """
         where = f"student.tokenizer: {recipe.student.tokenizer or recipe.student.vocabulary_size}"
         spelling, teachers = Spelling(tokenizer, where), Spelling(own.tokenizer, f"teacher.model: {own.name}")
         if spelling.lead:
@@ -135,6 +166,7 @@ class AlignedTeacher(LanguageModel):
             check_same_text((spelling, our_split), (teachers, their_split), where)
         shape = recipe.corpus.block_length, recipe.teacher.context, recipe.corpus.reset_at_documents
         alignment = Alignment((spelling, Blocks(ours.train, *shape)), (teachers, Blocks(theirs.train, *shape)))
+        alignment.check_window(own.longest_window, f"teacher.model: {own.name}")
         common = teachers.specials.keys() & spelling.specials.keys()
         same = {teachers.specials[token]: spelling.specials[token] for token in common}
         same[theirs.separator_id] = ours.separator_id
@@ -182,17 +214,9 @@ class AlignedTeacher(LanguageModel):
         `offset_B[b]` and a position in the teacher's stream make the number of its row, for block b.
         """
         blocks = self.alignment.teacher_blocks
-        first_B = np.array([block[0].row for block in places])
-        last_B = np.array([max(place.row + place.full + bool(place.rest) for place in block) for block in places])
+        first_B, last_B = np.array([rows_of(block) for block in places]).T
         sizes_B = last_B - first_B + 1
-        context = int(min(blocks.context, self.longest_window - sizes_B.max()))
-        if context < 0:
-            raise UserError(
-                f"corpus.block_length: the text of a block has {sizes_B.max()} tokens of the teacher {self.name}, "
-                f"which reads at most {self.longest_window:.0f}; shorten the block",
-                every_process=True,
-            )
-        at_BW = first_B[:, None] + np.arange(-context, sizes_B.max())
+        at_BW = first_B[:, None] + np.arange(-blocks.context, sizes_B.max())
         end = len(blocks.tokens) - 1
         # Shorter ones end with tokens that nobody asks for, and that nothing before them sees.
         window_BW, positions_BW, _ = blocks.read(np.minimum(at_BW, end))

@@ -16,7 +16,7 @@ from pathlib import Path
 from distill.command import guarded
 from distill.config import UserError
 from distill.job import TeacherAndText, leave, start_accelerator
-from distill.output import print_table
+from distill.output import print_json, print_table
 from distill.recipe import load_recipe
 from distill.shards import CHECKED
 
@@ -53,6 +53,8 @@ def build(recipe_name: str, overrides: Sequence[str], push: str | None, verify: 
             "tokens/s": f"{tokens / max(targets.seconds, 1e-9):,.0f}",
         }
         print_table(str(targets.folder), [row])
+        figures = {"tokens": tokens, "bytes_per_token": targets.bytes_per_token, "seconds": targets.seconds}
+        print_json({"folder": str(targets.folder), **figures})
         if push:
             from distill.hub import upload
 

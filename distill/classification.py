@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.accuracy import Verdicts, gain, majority_accuracy
 from distill.augment import Augmenter
-from distill.classifier import load_classifier, logits_of
+from distill.classifier import check_ids, load_classifier, load_tokenizer, logits_of
 from distill.classify import ClassifierTraining
 from distill.config import Recipe, StageConfig, UserError
 from distill.corpus import hash_tokenizer
@@ -61,7 +61,13 @@ class ClassificationJob:
             student = self._student()  # first: it may be refused
             if self.accelerator.is_main_process:
                 network = self.teacher.network
-                claim_inputs(recipe.folder, self.text.fingerprint, str(network.dtype), hash_weights(network))
+                claim_inputs(
+                    recipe.folder,
+                    text=self.text.fingerprint,
+                    tokenizer=hash_tokenizer(self.tokenizer),
+                    dtype=str(network.dtype),
+                    weights=hash_weights(network),
+                )
         with timed(self.wall_seconds, "soft_targets"):
             tuition = Tuition(recipe, self.teacher, self.text, self.accelerator, self.tracker)
             self.soft = tuition.soft_targets(self.copies)
@@ -93,8 +99,13 @@ class ClassificationJob:
         return result
 
     def _check_sizes(self) -> None:
-        """UserError where a batch is larger than what it is drawn from."""
-        recipe, labelled = self.recipe, self.labelled_texts
+        """UserError where texts are longer than the teacher can read, or a batch larger than what it is drawn from."""
+        recipe, labelled, limit = self.recipe, self.labelled_texts, self.teacher.longest_text
+        if self.config.max_length > limit:
+            raise UserError(
+                f"classification.max_length: expected at most the {limit:.0f} tokens that teacher {self.teacher.name} "
+                f"can read, found {self.config.max_length}"
+            )
         every = len(self.text.train) * (1 + (recipe.augmentation.copies if recipe.augmentation else 0))
         on_labels = recipe.control.enabled or not all(stage.needs_teacher for stage in recipe.stages)
         batches = [("run", recipe.run.batch_size, labelled if on_labels else every)]
@@ -118,11 +129,8 @@ class ClassificationJob:
         """The student's: the teacher's, unless it starts from a model that has its own."""
         if self.config.start_from is None:
             return self.teacher.tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(resolve_model(self.config.start_from, "classification.start_from"))
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.padding_side = "right"
-        return cast(PreTrainedTokenizerBase, tokenizer)
+        where = "classification.start_from"
+        return load_tokenizer(resolve_model(self.config.start_from, where), f"{where}: {self.config.start_from}")
 
     @cached_property
     def copies(self) -> list[str]:
@@ -164,7 +172,7 @@ class ClassificationJob:
             return LSTMForSequenceClassification(cast(LSTMConfig, copy.deepcopy(self._student().config)))
 
     def _build(self, transplant: bool, start_from: str | None) -> LSTMForSequenceClassification:
-        return build_classifier(
+        student = build_classifier(
             self.recipe.student,
             self.teacher.network,
             self.tokenizer,
@@ -174,6 +182,9 @@ class ClassificationJob:
             transplant=transplant,
             start_from=start_from,
         )
+        if start_from is not None:
+            check_ids(self.tokenizer, student.config.vocab_size, f"classification.start_from: {start_from}")
+        return student
 
     def _train(self, name: str, student: LSTMForSequenceClassification, stages: tuple[StageConfig, ...]) -> Progress:
         """Train the student on the transfer set, or its control on the labels."""

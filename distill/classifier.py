@@ -36,6 +36,16 @@ class Classifier:
     name: str
     order_C: Tensor
 
+    @property
+    def longest_text(self) -> float:
+        """Tokens that the network can read at once; infinite where nothing says."""
+        config = self.network.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None) or float("inf")
+        for name, module in self.network.named_modules():
+            if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx:
+                return limit - module.padding_idx - 1  # RoBERTa's kind counts from behind the padding's place
+        return limit
+
     def logits(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         """(B, C) in fp32, classes in our order."""
         device = self.network.device
@@ -83,14 +93,40 @@ def load_classifier(
     if lost or (missing and not fine_tuning):
         hint = "" if lost else "; it is no classifier yet, which a fine_tuning section would make of it"
         raise UserError(f"{who}: weights missing: {', '.join((lost or missing)[:4])}{hint}")
+    pad_on_the_right(tokenizer, who)
+    check_ids(tokenizer, network.get_input_embeddings().weight.shape[0], who)
+    network.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    cast(nn.Module, network).to(device).eval().requires_grad_(False)
+    return Classifier(network, tokenizer, config.model, _order(network, classes, who))
+
+
+def load_tokenizer(source: str, who: str) -> PreTrainedTokenizerBase:
+    """A model's, for batches of texts; UserError where there is none."""
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, ImportError, KeyError, AttributeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{who}: its tokenizer cannot be loaded: {reason}") from None
+    pad_on_the_right(tokenizer, who)
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def check_ids(tokenizer: PreTrainedTokenizerBase, rows: int, who: str) -> None:
+    """UserError where an embedding of so many rows lacks tokens that the tokenizer makes."""
+    if (last := max(tokenizer.get_vocab().values())) >= rows:
+        raise UserError(
+            f"{who}: its tokenizer has ids up to {last}, but its embedding {rows} rows; this tokenizer belongs to "
+            "another model"
+        )
+
+
+def pad_on_the_right(tokenizer: Any, who: str) -> None:
+    """UserError where it has nothing to pad with."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise UserError(f"{who}: expected a tokenizer with a padding or end token, found neither")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
-    network.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    cast(nn.Module, network).to(device).eval().requires_grad_(False)
-    return Classifier(network, tokenizer, config.model, _order(network, classes, who))
 
 
 def _order(network: PreTrainedModel, classes: Sequence[str], who: str) -> Tensor:

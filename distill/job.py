@@ -28,7 +28,7 @@ from distill.alignment import AlignedTeacher
 from distill.architecture import make_student
 from distill.classification import ClassificationJob
 from distill.config import CorpusConfig, Recipe, UserError
-from distill.corpus import Blocks, Corpus, Split, lane_order, load_corpus, separator_id
+from distill.corpus import Blocks, Corpus, Split, hash_tokenizer, lane_order, load_corpus, separator_id
 from distill.ensemble import load_teachers
 from distill.loop import control_stage
 from distill.metrics import Documents, Reference, Score, build_reference, reading_window, score, score_reference
@@ -89,7 +89,11 @@ class _Job:
             weights = parts.whole_teachers.weights_hash  # by all processes, where a teacher is spread over them
             if self.accelerator.is_main_process:
                 claim_inputs(
-                    recipe.folder, parts.whole_corpus.fingerprint, str(parts.whole_teacher.model.dtype), weights
+                    recipe.folder,
+                    text=parts.whole_corpus.fingerprint,
+                    tokenizer=hash_tokenizer(teacher.tokenizer),
+                    dtype=str(parts.whole_teacher.model.dtype),
+                    weights=weights,
                 )
             lanes, seed = recipe.run.batch_size, recipe.run.seed
             lane_order(len(parts.cached_blocks), lanes, epoch=0, seed=seed)  # UserError, before targets, if too short
@@ -215,9 +219,9 @@ class TeacherAndText:
                 resolve_model(recipe.teacher.model, "teacher")
         with nullcontext() if sharded else accelerator.main_process_first():
             self.teachers = load_teachers(recipe, accelerator.device)
-            self.teachers.check_window(
-                recipe.teacher.context + recipe.corpus.block_length, packed=recipe.corpus.reset_at_documents
-            )
+            # How many of its tokens a block in another tokenizer's are, its text decides: see `_align`.
+            block = 1 if recipe.student.has_own_tokenizer else recipe.corpus.block_length
+            self.teachers.check_window(recipe.teacher.context + block, packed=recipe.corpus.reset_at_documents)
         self.written: WrittenText | None = None
         if recipe.writing is not None:
             # What would be refused after hours of writing is refused now.

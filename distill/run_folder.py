@@ -80,14 +80,16 @@ def claim_folder(recipe: Recipe, accelerator: Accelerator) -> None:
         time.sleep(0.2)
 
 
-def claim_inputs(folder: Path, text: str, dtype: str, weights: str) -> None:
-    """Note which text and which weights this run trains on, or check that they are still the same."""
+def claim_inputs(folder: Path, *, text: str, tokenizer: str, dtype: str, weights: str) -> None:
+    """Note with which text, student's tokenizer and weights this run trains, or check that they are still the same."""
     file = folder / "inputs.json"
-    found = {"text": text, "teacher": {dtype: weights}}
+    found = {"text": text, "tokenizer": tokenizer, "teacher": {dtype: weights}}
     try:
         before = read_sealed(file)
         if before["text"] != found["text"]:
             what = "its text has changed since it was begun"
+        elif before.get("tokenizer") not in (None, tokenizer):  # None: begun before it was noted
+            what = "the student's tokenizer is not the one with which it was begun"
         elif before["teacher"].get(dtype) in (None, weights):
             return  # other arithmetic, as another machine may have, cannot be compared
         else:

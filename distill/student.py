@@ -319,8 +319,9 @@ def run_fused(
         r = sigmoid(W_r x + U_r h' + b_r)    n = tanh(W_n x + b_n + r * (U_n h' + e_n))
         z = sigmoid(W_z x + U_z h' + b_z)    h = (1 - z) * n + z * h'
 
-    where Cho et al. (2014, arXiv 1406.1078) have n = tanh(W_n x + U_n (r * h') + b_n), a different function, whose
-    recurrent product has to wait for r; and where others write h = (1 - z) * h' + z * n, their z is 1 - z of here.
+    where Cho et al. (2014, arXiv 1406.1078) have n = tanh(W_n x + U_n (r * h') + b_n), a different function (but for a
+    diagonal U_n and e_n = 0), whose recurrent product has to wait for r; and where others write
+    h = (1 - z) * h' + z * n, their z is 1 - z of here.
     """
     gru = isinstance(cell, nn.GRU)
     if steps is None and not dropout:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from conftest import ROOT, World, result_of, run_command, run_eval, save_llama
+from conftest import World, result_of, run_command, run_eval, save_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerFast
 from distill.alignment import AlignedTeacher
 from distill.bytespans import Spelling, alphabet
 from distill.config import UserError
-from distill.job import TeacherAndText
+from distill.job import TeacherAndText, run
 from distill.recipe import load_recipe
 from distill.signals import Encoding, SparseSignal
 from distill.teacher import load_language_model
@@ -284,6 +284,30 @@ def test_the_same_tokenizer_gives_the_ordinary_signal(place: Path) -> None:
     assert teacher.figures()["share_at_common_boundaries"] == 1
 
 
+def test_a_block_that_is_too_long_for_the_teacher_is_refused_before_any_work(place: Path, tmp_path: Path) -> None:
+    """In the teacher's tokens: as many as the longest block's are are read, one less is refused."""
+    overrides = [f"teacher.model={place / 'few'}", f"student.tokenizer={place / 'many'}"]
+    parts, teacher = aligned(place, *overrides)
+    windows = []
+    for block in range(len(parts.blocks)):
+        rows = [place.row + place.full + bool(place.rest) for place in teacher.alignment.places(block)]
+        windows.append(6 + max(rows) - teacher.alignment.places(block)[0].row + 1)
+    longest = max(windows)
+    assert longest > 6 + 12, "the student's tokens are longer"
+    for limit in (longest, longest - 1):
+        save_llama(tmp_path, seed=3, vocab_size=len(FEW), max_position_embeddings=limit)
+        FEW.save_pretrained(tmp_path)
+        overrides[0] = f"teacher.model={tmp_path}"
+        if limit == longest:
+            parts, teacher = aligned(place, *overrides)
+            teacher.signal(parts.blocks.batch(np.array([np.argmax(windows), 0])), Encoding("top_k", 8))
+        else:
+            worst = np.argmax(windows)
+            message = rf"windows of {longest} of its tokens \(teacher.context 6 .* block {worst} are\) exceed"
+            with pytest.raises(UserError, match=message):
+                aligned(place, *overrides)
+
+
 def test_new_tokens_start_from_their_pieces(place: Path) -> None:
     _, teacher = aligned(place, f"teacher.model={place / 'few'}", f"student.tokenizer={place / 'many'}")
     spelling, teachers = teacher.alignment.spelling, teacher.alignment.teachers
@@ -299,27 +323,25 @@ def test_new_tokens_start_from_their_pieces(place: Path) -> None:
 # Whole runs
 
 
-def test_the_shipped_recipe_runs(place: Path) -> None:
-    """On a tiny teacher and text."""
-    made = run_command(
-        str(ROOT / "recipes/tokenizer.yaml"), "stages.0.length={steps: 2}", "stages.1.length={steps: 2}",
-        f"teacher.model={place / 'many'}", "teacher.context=4", "teacher.dtype=fp32", "tracking=none",
-        f"corpus.source={place / 'text.jsonl'}", "corpus.text_field=text", f"corpus.separator={END}",
-        "corpus.block_length=12", "corpus.validation_fraction=0.1", f"corpus.cache_dir={place / 'cache'}",
-        "targets.k=8", "student.vocabulary_size=300", "student.hidden_size=8", "run.batch_size=4",
-        f"run.output_dir={place / 'shipped'}", "control.match=tokens", "evaluation.decode_seconds=0.1",
-        "evaluation.new_tokens=4", "run.threads=1", "run.precision=fp32", "evaluation.prompts=[the]",
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    assert result_of(place / "shipped" / "tokenizer")["tokenizer"]["student_tokens"] == 300
-
-
 @pytest.fixture(scope="module")
 def finished(place: Path) -> Path:
     made = run_command(str(place / "cross.yaml"), "student.vocabulary_size=320", "student.tokenizer=null")
     assert made.returncode == 0, made.stderr
     assert "bits/byte compares them" in made.stdout
     return place / "runs" / "cross"
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(place: Path, tmp_path: Path) -> None:
+    """What lies in its folder has changed since it was begun, before its end."""
+    tokenizer = tmp_path / "tokenizer"
+    FEW.save_pretrained(tokenizer)
+    words = [f"student.tokenizer={tokenizer}", f"run.output_dir={tmp_path}", "control=false"]
+    given = load_recipe(str(place / "cross.yaml"), words)
+    run(given)
+    (given.folder / "result.json").unlink()
+    byte_level(310, DOCUMENTS).save_pretrained(tokenizer)
+    with pytest.raises(UserError, match="the student's tokenizer is not the one with which it was begun"):
+        run(given)
 
 
 def test_a_run_with_a_trained_tokenizer(finished: Path, place: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import ROOT, World, result_of, run_command, run_eval, save_llama
+from conftest import World, result_of, run_command, run_eval, save_llama
 from safetensors.torch import load_file
 from test_teacher import CONFIGS, make_network, make_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -193,29 +193,6 @@ def test_a_stopped_run_of_a_transformer_goes_on_bit_by_bit(world: World) -> None
     assert len(checkpoints) > 3 and run(world, *overrides) == folder
     after = load_file(folder / "student" / "model.safetensors")
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-
-
-@pytest.mark.parametrize("name", ["transformer", "lstm-teacher"])
-def test_shipped_recipes_run(name: str, world: World, lstm: Path) -> None:
-    """On the tiny teachers and text."""
-    file = str(ROOT / f"recipes/{name}.yaml")
-    stages = len(load_recipe(file, []).stages)
-    small = ["student.hidden_size=8", f"teacher.model={lstm}"]
-    if name == "transformer":
-        shape = "student.overrides={num_hidden_layers: 1}"
-        small = [f"student.config={world.teacher}", shape, f"teacher.model={world.teacher}"]
-    for number in range(stages):
-        small += [f"stages.{number}.length={{steps: 2}}", f"stages.{number}.candidates=8"]
-    made = run_command(
-        file, *small, "tracking=none", "run.batch_size=4", f"run.output_dir={world.folder / 'shipped'}",
-        f"corpus.source={world.text}", "corpus.text_field=text", "corpus.separator=<|end|>", "corpus.block_length=8",
-        "corpus.validation_fraction=0.1", f"corpus.cache_dir={world.folder / 'cache'}", "teacher.context=4",
-        "teacher.dtype=fp32", "control.match=tokens", "control.candidates=8", "evaluation.decode_seconds=0.1",
-        "evaluation.new_tokens=4", "run.threads=1", "run.precision=fp32", "evaluation.prompts=[the]",
-    )  # fmt: skip
-    assert made.returncode == 0, made.stderr
-    result = result_of(world.folder / "shipped" / name)
-    assert result["student"]["tokens_trained"] == 2 * 4 * 8 * stages
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from conftest import World, run_command
 from test_student import make_student
 
 from benchmarks import ablation, methods, quality, runtimes, scaling, train
+from benchmarks.runs import run_tool
 from distill.config import UserError
 from distill.quantise import two_step_head
 from distill.recipe import load_recipe
@@ -168,22 +169,53 @@ def test_every_method_is_a_recipe(name: str) -> None:
 def test_bench_methods_by_hand(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Medians are over seeds, best's figures its distance to the teacher; what has no KL has a dash."""
+    """Equal wall time: half a minute of cache and a quarter of writing. Medians are over seeds, best's figures its
+    distance to its own teacher; what has no KL has a dash."""
+    lengths: dict[str, float] = {}
 
     def fake(benchmark: str, name: str, recipe: str, overrides: list[str]) -> dict:
         seed = 0 if name == "best" else int(name[-1])
         student = {"nll_nats": 5.0 + seed**2, "tokens_trained": 600, "train_seconds": 60.0, "teacher_seconds": 15.0}
-        return {"teacher": {"nll_nats": 3.0, "bits_per_byte": 1.0}, "student": {**student, "parameters": 7}}
+        made = load_recipe(recipe, overrides)
+        lengths[name] = sum(stage.length.minutes or 0 for stage in made.stages)
+        teacher = {"nll_nats": 2.5 if name == "best" else 3.0, "bits_per_byte": 1.0}
+        return {"teacher": teacher, "student": {**student, "parameters": 7}, "wall_seconds": {"a": 60.0, "b": 30.0}}
+
+    def tool(module: str, recipe: str, overrides: list[str]) -> dict:
+        assert load_recipe(recipe, overrides).targets.cache == (module == "distill.cache")
+        return {"seconds": {"distill.cache": 30.0, "distill.write": 15.0}[module]}
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(methods, "run_recipe", fake)
-    assert methods.main(["--seeds", "0", "1", "2", "--only", "GRU", "KL alone"]) == 0
+    monkeypatch.setattr(methods, "run_tool", tool)
+    monkeypatch.setattr(methods, "BEST", methods.RECIPE)
+    chosen = ["--only", "GRU", "KL alone", "live", "written by"]
+    assert methods.main(["--seeds", "3", "--minutes", "1", *chosen]) == 0
     output = capsys.readouterr().out
     result = last_line(output)
-    assert list(result["medians"]) == ["forward KL alone", "GRU", "recipes/best.yaml"]
+    assert {"forward KL alone", "GRU", "recipes/best.yaml"} < set(result["medians"])
     assert result["medians"]["GRU"]["nll_nats"] == 6.0 and result["medians"]["GRU"]["tokens_per_second"] == 10
-    assert result["best.nll_gap_to_teacher_nats"] == 2.0 and result["best.parameters"] == 7
-    assert "25%, 0%" in output and "–" in output
+    assert result["best.nll_gap_to_teacher_nats"] == 2.5 and result["best.parameters"] == 7
+    assert result["best.wall_minutes"] == 1.5
+    assert "25%, 0%" in output and "–" in output and "6.000 ± 2.000" in " ".join(output.split())
+    assert lengths["GRU-1-2"] == pytest.approx(1.0) and lengths["forward-KL--live-teacher-1-0"] == pytest.approx(1.5)
+    assert lengths["text-written-by-the-teacher-beside--cross-entropy-1-0"] == pytest.approx(1.25)
+
+    assert methods.main(["--total", "6", "--skip-best", *chosen]) == 0
+    runs, longer = 5, 3  # two with a live teacher, and one that reads no targets
+    names = [name for name in lengths if name.startswith("GRU") and not name.startswith("GRU-1-")]
+    assert lengths[names[0]] == pytest.approx((6 - 0.5 * (1 + longer)) / runs - methods.OVERHEAD_MINUTES, abs=0.006)
+    assert methods.main(["--total", "66", *chosen]) == 0, "recipes/best.yaml takes an hour of it"
+    assert methods.main(["--total", "60", *chosen]) == 2
+    assert "--total: expected at least" in capsys.readouterr().err
+
+
+def test_a_benchmark_reads_what_a_command_prints(world: World, tmp_path: Path) -> None:
+    words = ["targets.max_tokens=640", f"targets.cache_dir={tmp_path / 'targets'}"]
+    found = run_tool("distill.cache", str(world.recipe), words)
+    assert found["tokens"] == 640 and found["seconds"] > 0 and found["folder"] == str(tmp_path / "targets")
+    with pytest.raises(UserError, match="distill.write .*: failed"):
+        run_tool("distill.write", str(world.recipe), [])
 
 
 @pytest.mark.parametrize("head", ["whole", "two steps"])

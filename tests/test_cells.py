@@ -52,15 +52,19 @@ class Oracle:
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         return o.sigmoid() * c.tanh(), c
 
-    def gru(self, name: str, x: Tensor, h: Tensor) -> tuple[Tensor]:
-        """z says what is new; torch stores the weights of 1 - z. r comes after the recurrent product."""
+    def gru(self, name: str, x: Tensor, h: Tensor, textbook: bool = False) -> tuple[Tensor]:
+        """z says what is new; torch stores the weights of 1 - z.
+
+        As cuDNN has it, r comes after the recurrent product, h~ = tanh(W x + b + r * (U h' + e)); in the textbook
+        before it, h~ = tanh(W x + b + U (r * h') + e).
+        """
         parts = (
             self.weights[f"{name}.{part}_l0"].chunk(3) for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         )
         (w_r, u_r, b_r, e_r), (w_z, u_z, b_z, e_z), (w, u, b, e) = zip(*parts, strict=True)
         r = torch.sigmoid(w_r @ x + b_r + u_r @ h + e_r)
         z = torch.sigmoid(-(w_z @ x + b_z + u_z @ h + e_z))
-        new = torch.tanh(w @ x + b + r * (u @ h + e))
+        new = torch.tanh(w @ x + b + (u @ (r * h) + e if textbook else r * (u @ h + e)))
         return ((1 - z) * h + z * new,)
 
     def ln_lstm(self, name: str, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,6 +121,33 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(
             found[name], value, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_gru_of_cudnn_is_the_textbooks_where_its_recurrent_matrix_is_diagonal(same):
+    """There the order of r and the product does not matter, if nothing is added to the product; else it does."""
+    student = make_student(cell="gru")
+    gru = student.model.layers[0].gru
+    with torch.no_grad():
+        if same:
+            gru.weight_hh_l0[2 * H :] *= torch.eye(H)
+            gru.bias_hh_l0[2 * H :] = 0
+    x_TH = torch.randn(5, H, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def last(textbook: bool) -> Tensor:
+        h = torch.zeros(H, dtype=torch.float64)
+        for x in x_TH:
+            (h,) = Oracle(student).gru("model.layers.0.gru", x, h, textbook)
+        return h
+
+    torch.testing.assert_close(gru(x_TH[None])[0][0, -1], last(textbook=False))
+    found, textbook = (torch.autograd.grad(last(way).sum(), list(gru.parameters())) for way in (False, True))
+    difference = (last(textbook=False) - last(textbook=True)).abs().max()
+    if same:
+        assert difference < 1e-12
+        torch.testing.assert_close(found[0], textbook[0])  # those of U_n and its bias are of other functions
+    else:
+        assert difference > 1e-3
 
 
 @every_variant

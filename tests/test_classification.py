@@ -228,6 +228,30 @@ def test_a_student_of_a_tuned_teacher_that_starts_from_another_student(
     assert "accuracy_gain" not in result and list(result["curves"]) == ["student"]
 
 
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Language models to start from: without a tokenizer, and with one of another model, which knows a word more."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("bare", "larger")}
+    for folder in folders.values():
+        sizes = {"vocab_size": 40, "embedding_size": 12, "hidden_size": 8, "num_layers": 1}
+        LSTMForCausalLM(LSTMConfig(**sizes)).save_pretrained(folder)
+    save_tokenizer(folders["larger"], [*WORDS, "elsewhere"])
+    return folders
+
+
+def test_a_run_does_not_go_on_with_another_tokenizer(recipe: Path, finished: Path) -> None:
+    """Of the same size, so that nothing else tells."""
+    again = again_without_result(recipe, finished, "other-tokens")
+    tokenizer = recipe.parent / "teacher" / "tokenizer.json"
+    before = tokenizer.read_text(encoding="utf-8")
+    try:
+        tokenizer.write_text(before.replace('"river"', '"rivet"'), encoding="utf-8")
+        with pytest.raises(UserError, match="the student's tokenizer is not the one with which it was begun"):
+            run(again)
+    finally:
+        tokenizer.write_text(before, encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
@@ -237,6 +261,9 @@ def test_a_student_of_a_tuned_teacher_that_starts_from_another_student(
         (["fine_tuning.layers=9"], ["fine_tuning.layers", "(2)", "found 9"]),
         (["run.batch_size=512"], ["run.batch_size", "512"]),
         (["classification.start_from=/no/model"], ["start_from", "/no/model"]),
+        (["classification.start_from={bare}"], ["classification.start_from: ", "its tokenizer cannot be loaded"]),
+        (["classification.start_from={larger}"], ["start_from: ", "ids up to 40, but its embedding 40 rows"]),
+        (["classification.max_length=257"], ["classification.max_length", "the 256 tokens that teacher", "found 257"]),
         (["corpus.block_length=8"], ["corpus.block_length: is for language models"]),
         (["targets.cache=true"], ["targets.cache: is for language models"]),
         (["student.vocabulary_min_count=2"], ["student.vocabulary_min_count: is for language models"]),
@@ -248,9 +275,15 @@ def test_a_student_of_a_tuned_teacher_that_starts_from_another_student(
     ],
 )
 def test_refused(
-    recipe: Path, tmp_path: Path, overrides: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+    recipe: Path,
+    tmp_path: Path,
+    started: dict[str, Path],
+    overrides: list[str],
+    expected: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert main([str(recipe), f"run.output_dir={tmp_path}", *overrides]) == 2
+    given = [override.format_map(started) if "start_from" in override else override for override in overrides]
+    assert main([str(recipe), f"run.output_dir={tmp_path}", *given]) == 2
     message = capsys.readouterr().err
     assert message.count("error: ") == 1
     for part in expected:

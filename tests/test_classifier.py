@@ -25,6 +25,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
+    RobertaConfig,
+    RobertaForSequenceClassification,
 )
 
 from benchmarks.tiny import WORDS, World, save_tokenizer
@@ -322,6 +324,27 @@ def saved(folder: Path, network: PreTrainedModel, **labels: Any) -> TeacherConfi
     network.save_pretrained(folder)
     save_tokenizer(folder, WORDS[: V - 2])
     return TeacherConfig(model=str(folder), dtype="fp32")
+
+
+def test_how_long_a_text_a_teacher_can_read() -> None:
+    """What is longer fails inside the network, or is read at places that it has not learned."""
+    assert as_classifier(llama(max_position_embeddings=77)).longest_text == 77
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "num_labels": C,
+    }
+    shape = RobertaConfig(vocab_size=40, max_position_embeddings=14, pad_token_id=1, **sizes)
+    roberta = as_classifier(RobertaForSequenceClassification(shape).eval())
+    assert roberta.longest_text == 12
+    ids_BT = torch.full((1, 13), 5)
+    roberta.logits(ids_BT[:, 1:], torch.ones(1, 12, dtype=torch.int64))
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta.logits(ids_BT, torch.ones(1, 13, dtype=torch.int64))
+    lstm = LSTMForSequenceClassification(LSTMConfig(vocab_size=9, embedding_size=4, hidden_size=4, num_layers=1))
+    assert as_classifier(lstm).longest_text == float("inf")
 
 
 def test_a_teachers_labels_are_brought_into_order(tmp_path: Path) -> None:

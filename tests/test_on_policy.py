@@ -333,6 +333,12 @@ def test_the_shipped_recipe_is_on_policy() -> None:
         ({"student_written": 1.5}, {}, "less than or equal to 1"),
         ({"written_prompt": 8}, {}, "fewer than corpus.block_length (8) tokens, found 8"),
         ({"student_written": 0}, {}, "written_prompt: only with student_written"),
+        *(
+            ({}, {"student": student}, "stages.0.student_written: the student must be a fresh LSTM with the teacher's")
+            for student in ("{model: x}", "{config: x}")
+        ),
+        ({}, {"student": "{tokenizer: x}", "targets__signal": "top_k"}, "a fresh LSTM with the teacher's tokens"),
+        ({}, {"run__precision": "fp16"}, "run.precision: Input should be 'auto', 'fp32' or 'bf16'"),
     ],
 )
 def test_refused(world: World, stage: dict[str, Any], overrides: dict[str, str], expected: str) -> None:
