@@ -21,8 +21,8 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from benchmarks.tiny import WORDS, save_llama, save_tokenizer
-from distill.classify import ClassifierTraining
 from distill.checkpoint import write_json
+from distill.classify import ClassifierTraining
 from distill.cli import main
 from distill.config import Recipe, UserError
 from distill.hub import main as publish

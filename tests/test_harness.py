@@ -74,7 +74,7 @@ def test_the_real_teachers_perplexity_is_that_of_the_harness() -> None:
 
     model = load_language_model(SMOLLM2, device=torch.device("cpu"), dtype="fp32")
     corpus = CorpusConfig(source=LEADS, text_field="extract", separator="<|endoftext|>")
-    leads = Text("leads", corpus, "all", EvaluationConfig(max_tokens=400))
+    leads = Text("leads", corpus, "all", EvaluationConfig(max_tokens=700))
     documents, separator = leads.documents(model), leads.separator_id(model.tokenizer, model.name)
     assert separator != model.tokenizer.eos_token_id and separator != model.tokenizer.bos_token_id
     texts = [model.tokenizer.decode(tokens[1:]) for tokens in documents.tokens]

@@ -189,7 +189,7 @@ def test_what_does_not_compare_is_refused(run_folder: Path, report_folder: Path,
 
     label = next(iter(read_results(run_folder, "perplexity")["settings"]["corpora"]))
     changed("perplexity", lambda c: c["settings"]["corpora"][label].update(window=9),
-            r"qualities of tiny \(agreement\) and other \(perplexity\) do not compare: window 512 and 9. .*in one call: "
+            r"tiny \(agreement\) and other \(perplexity\) do not compare: window 512 and 9. .*in one call: "
             rf"python -m eval.perplexity {run_folder} {other}")  # fmt: skip
     changed("agreement", lambda c: c["models"]["student"].update(documents=3), r"documents \d+ and 3")
     changed("perplexity-int8", lambda c: c["settings"]["corpora"][label].update(split="test"), "int8.* split 'valid")
