@@ -194,7 +194,8 @@ def read(teacher: LanguageModel, text: Text) -> tuple[Documents, Reference, Tens
 
 def measure(options: argparse.Namespace) -> None:
     text = make_texts(options)[0]
-    subjects = make_subjects(options.models, ("student", "control"), options.trust_remote_code)
+    roles = [role for role in options.roles if role != "teacher"]
+    subjects = make_subjects(options.models, roles, options.trust_remote_code)
     teacher = find_teacher(options).load()  # as it teaches, whatever the arithmetic of the models
     readings: dict[frozenset[str], tuple[Documents, Reference, Tensor]] = {}  # by the tokens that a model speaks
     figures: dict[Subject, Figures] = {}

@@ -237,6 +237,8 @@ def make_parser(protocol: str, description: str | None) -> argparse.ArgumentPars
     )
     parser.set_defaults(protocol=protocol)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a run folder, or any causal language model")
+    # What the report has no use for is not measured.
+    parser.add_argument("--roles", nargs="+", choices=ROLES, default=ROLES, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument(
         "--trust-remote-code", action="append", default=[], metavar="MODEL",

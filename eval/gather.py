@@ -10,7 +10,7 @@ one axis and not compare. Classifiers are gathered in `eval/classifiers.py`.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ AXES: Figures = {
     "speed": {"figure": "tokens_per_second", "title": "tokens a second (batch 1)"},
     "quality": {"figure": "bits_per_byte", "title": "bits a byte (less is better)", "more_is_better": False},
 }
+CONTEXT = 256  # tokens before those whose speed counts, or nearly so many: where all runtimes were timed, if anywhere
 Points = list[dict[str, Any]]
 
 
@@ -39,6 +40,10 @@ def gather(folders: Sequence[Path]) -> Figures:
     if len(teachers := {run.result["teacher"]["model"] for run in runs}) > 1:
         raise UserError(f"expected runs of one teacher, found {', '.join(sorted(teachers))}; report them one by one")
     _check_alike(runs)
+    timed = [contexts for run in runs for contexts in run.contexts()]
+    if timed and (common := set.intersection(*timed)):
+        for run in runs:
+            run.context = min(common, key=lambda context: abs(context - CONTEXT))
     points = [point for number, run in enumerate(runs) for point in run.points(with_teacher=number == 0)]
     for point in points:
         point["details"] = details(point)
@@ -46,7 +51,7 @@ def gather(folders: Sequence[Path]) -> Figures:
     mark_dominated(points, AXES)
     own_tokens = any("tokenizer" in run.result for run in runs)
     loss, unit = ("bits_per_byte", "bits a byte") if own_tokens else ("nll_nats", "nats a token")
-    report = {
+    report: Figures = {
         "kind": "language models",
         "axes": AXES,
         "sentence": sentence(points),
@@ -73,7 +78,7 @@ def gather(folders: Sequence[Path]) -> Figures:
     return report
 
 
-def _notes(latency: Sequence[Figures | None], points: Points, lines: Points, own_tokens: bool) -> Any:
+def _notes(latency: Sequence[Figures | None], points: Points, lines: Points, own_tokens: bool) -> Iterator[str]:
     """What a reader must know beside the charts."""
     if len({found["measured"] if found else None for found in latency}) > 1:
         yield "Speeds were not all measured in one go: compare them with caution."
@@ -135,6 +140,7 @@ class _Run:
 
     def __init__(self, folder: Path, label: str) -> None:
         self.folder, self.label = folder, label
+        self.context = CONTEXT
         self.result = read_result(folder)
         names = (*PROTOCOLS, *(f"{name}-{precision}" for name in PROTOCOLS[:2] for precision in PRECISIONS))
         self.found = {name: read_results(folder, name) for name in names}
@@ -239,15 +245,22 @@ class _Run:
             )
         return rows
 
+    def contexts(self) -> list[set[int]]:
+        """Those in which each runtime was timed at batch 1."""
+        found = self.found["latency"] or {"models": {}}
+        rows = [row for figures in found["models"].values() for row in figures["runtimes"].values()]
+        timed = [{case["context"] for case in row["cases"] if case["batch"] == 1} for row in rows]
+        return [contexts for contexts in timed if contexts]
+
     def _speeds(self, role: str) -> dict[str, Figures]:
-        """Speed figures by runtime, in the context nearest to 256 at batch 1. A control runs as its student does."""
+        """Speed figures by runtime, after `context` tokens at batch 1. A control runs as its student does."""
         found = self.found["latency"] or {"models": {}}
         runtimes = found["models"].get("student" if role == "control" else role, {}).get("runtimes", {})
         speeds = {}
         for runtime, row in runtimes.items():
             if not (alone := [case for case in row["cases"] if case["batch"] == 1]):
                 continue
-            case = min(alone, key=lambda case: abs(case["context"] - 256))
+            case = min(alone, key=lambda case: abs(case["context"] - self.context))
             keys = ("context", "tokens_per_second", "token_ms_p50", "token_ms_p95", "token_ms_p99", "first_token_ms")
             keys += ("prompt_tokens_per_second",)
             more = {key: row.get(key) for key in ("load_seconds", "resident_bytes", "disk_bytes")}

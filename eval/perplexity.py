@@ -41,7 +41,6 @@ from distill.metrics import (
 from distill.output import print_table
 from distill.teacher import LanguageModel
 from eval.command import (
-    ROLES,
     Figures,
     Subject,
     add_corpus_options,
@@ -113,7 +112,8 @@ def figures_of(
 
 def measure(options: argparse.Namespace) -> None:
     texts = make_texts(options)
-    subjects = make_subjects(options.models, ROLES[1:] if options.decoder else ROLES, options.trust_remote_code)
+    roles = [role for role in options.roles if role != "teacher" or not options.decoder]
+    subjects = make_subjects(options.models, roles, options.trust_remote_code)
     figures: dict[Subject, Figures] = {}
     counts: dict[str, int] = {}  # documents of each text: those that the first model reads, whatever their tokens
     for subject in tqdm(subjects, desc="models", disable=len(subjects) == 1):

@@ -43,7 +43,8 @@ def _frontier(report: Figures) -> Figure:
         )  # fmt: skip
         if not point["dominated"]:
             # Up and to the right of a point of the frontier, nothing else can be.
-            name = point["runtime"] if point["role"] == "teacher" else _short(point["model"], report)
+            of_runtime = point["role"] == "teacher" and report["kind"] != "classifiers"
+            name = point["runtime"] if of_runtime else _short(point["model"], report)
             axis.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
     handles = [
         *(axis.scatter([], [], color=colour, label=role) for role, colour in COLOURS.items()),

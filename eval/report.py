@@ -48,11 +48,11 @@ MODELS = (
 )
 MEASURES: dict[str, Callable[[list[str]], int]] = {
     "perplexity": perplexity,
-    "perplexity-bf16": lambda runs: perplexity([*runs, "--dtype", "bf16"]),
-    "perplexity-int8": lambda runs: perplexity([*runs, "--decoder"]),
+    "perplexity-bf16": lambda runs: perplexity([*runs, "--dtype", "bf16", "--roles", "student"]),
+    "perplexity-int8": lambda runs: perplexity([*runs, "--decoder", "--roles", "student"]),
     "agreement": agreement,
-    "agreement-bf16": lambda runs: agreement([*runs, "--dtype", "bf16"]),
-    "agreement-int8": lambda runs: agreement([*runs, "--decoder"]),
+    "agreement-bf16": lambda runs: agreement([*runs, "--dtype", "bf16", "--roles", "student"]),
+    "agreement-int8": lambda runs: agreement([*runs, "--decoder", "--roles", "student"]),
     "memory": memory,
     "generate": generate,
     "latency": latency,
@@ -113,7 +113,7 @@ def _language_model_row(point: Figures) -> dict[str, str]:
         "model, runtime": point["name"],
         "tok/s": _shown(point["tokens_per_second"], ",.0f"),
         **{f"at batch {batch}": _shown(speed, ",.0f") for batch, speed in batches.items() if batch != "1"},
-        "context": _shown(point.get("context"), ",d"),
+        "context": _shown(point.get("context"), ",.0f"),
         "ms/token p50": _shown(point.get("token_ms_p50"), ".2f"),
         "p95": _shown(point.get("token_ms_p95"), ".2f"),
         "p99": _shown(point.get("token_ms_p99"), ".2f"),
@@ -282,9 +282,9 @@ def work(options: argparse.Namespace) -> None:
     shown = [{name: row[name] for name in SHOWN if name in row} for row in table_rows(report)]
     print_table(options.title, shown, report["sentence"])
     figures = {name: report[name] for name in ("sentence", "points", "models")}
-    axes = (report["axes"][which]["figure"] for which in ("speed", "quality"))
+    speed, quality = (str(report["axes"][which]["figure"]) for which in ("speed", "quality"))
     for folder in folders:
-        log_evaluation(folder, "frontier", figures, pictures, scatter=("points", *axes))
+        log_evaluation(folder, "frontier", figures, pictures, scatter=("points", speed, quality))
     print_json({"page": str(Path(options.output) / "index.html"), "sentence": report["sentence"]})
 
 

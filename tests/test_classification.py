@@ -278,7 +278,7 @@ def test_what_is_for_language_models_says_so(finished: Path, recipe: Path, capsy
         assert "classifier" in message and "Traceback" not in message, message
 
 
-def test_the_report_of_classifiers(finished: Path, run_folder: Path, tmp_path: Path) -> None:
+def test_the_report_of_classifiers(finished: Path, tmp_path: Path) -> None:
     twin = tmp_path / "twin"
     shutil.copytree(finished, twin)
     assert eval_report([str(finished), str(twin), "--measure", "--output", str(tmp_path / "report")]) == 0
@@ -299,7 +299,9 @@ def test_the_report_of_classifiers(finished: Path, run_folder: Path, tmp_path: P
     assert (tmp_path / "report" / "frontier.png").stat().st_size > 10_000
 
 
-def test_classifiers_that_do_not_compare_are_refused(finished: Path, run_folder: Path, tmp_path: Path) -> None:
+def test_classifiers_that_do_not_compare_are_refused(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(finished, other)
     result = result_of(other)
@@ -307,5 +309,6 @@ def test_classifiers_that_do_not_compare_are_refused(finished: Path, run_folder:
     write_json(other / "result.json", seal(result))
     with pytest.raises(UserError, match="tiny and other were tested on other texts"):
         collect([finished, other])
+    monkeypatch.setattr("eval.report.read_result", lambda folder: {} if folder == tmp_path else result)
     with pytest.raises(UserError, match="is a classifier's run, .* a language model's: expected one kind"):
-        collect([finished, run_folder])
+        collect([finished, tmp_path])
