@@ -83,7 +83,16 @@ def report_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         "harness": ("--tasks", str(Path(__file__).parent / "last_word" / "last_word.yaml"), "--limit", "4"),
         "latency": (
             *("--contexts", "4", "64", "300", "--batches", "1", "2", "--repeats", "1"),
-            *("--new-tokens", "4", "--runtimes", "transformers fp32", "PyTorch fp32", "PyTorch bf16", "decoder int8"),
+            *(
+                "--new-tokens",
+                "4",
+                "--runtimes",
+                "transformers fp32",
+                "PyTorch fp32",
+                "PyTorch bf16",
+                "decoder int8",
+                "llama.cpp",
+            ),
         ),
     }
     folder = tmp_path_factory.mktemp("report") / "report"
