@@ -261,8 +261,8 @@ class _Run:
             if not (alone := [case for case in row["cases"] if case["batch"] == 1]):
                 continue
             case = min(alone, key=lambda case: abs(case["context"] - self.context))
-            keys = ("context", "tokens_per_second", "token_ms_p50", "token_ms_p95", "token_ms_p99", "first_token_ms")
-            keys += ("prompt_tokens_per_second",)
+            keys = ("context", "tokens_per_second", "token_ms_p50", "token_ms_p95", "token_ms_p99", "first_token_ms",
+                    "prompt_tokens_per_second")  # fmt: skip
             more = {key: row.get(key) for key in ("load_seconds", "resident_bytes", "disk_bytes")}
             more["weight_bytes"] = row["weight_bytes"]
             kept = {key: case[key] for key in (*keys, "state_bytes", "roofline", "token_ms_p50_range")}
@@ -317,7 +317,7 @@ class _Run:
 
 def _documents(found: Figures, corpus: str | None = None) -> int | None:
     """How many documents the models of a result have read, which is the same of all."""
-    row = next(iter(found["models"].values()), {})
+    row: Figures = next(iter(found["models"].values()), {})
     return (row.get(corpus, {}) if corpus is not None else row).get("documents")
 
 

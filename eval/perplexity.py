@@ -72,7 +72,9 @@ def scored_by_decoder(decoder: Decoder, documents: Documents, reference: Referen
             if len(logits) == ROWS_PER_HEAD_CALL or start + len(logits) == len(labels_M):
                 index_N = torch.arange(start, start + len(logits))
                 log_q_NV = torch.stack(logits).log_softmax(-1)
-                yield Scored(index_N, log_q_NV, labels_M[index_N], reference and reference.log_p_NV(index_N))
+                yield Scored(
+                    index_N, log_q_NV, labels_M[index_N], None if reference is None else reference.log_p_NV(index_N)
+                )
                 start, logits = start + len(logits), []
 
 
