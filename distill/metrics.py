@@ -126,6 +126,11 @@ class Reference:
     hidden_Md: Tensor
     head: Head
 
+    def log_p_NV(self, index_N: Tensor) -> Tensor:
+        """The teacher's distributions at some of the targets; fp32."""
+        teacher_Nd = self.hidden_Md[index_N].to(self.head.weight_Vd.device)
+        return F.log_softmax(self.head.logits(teacher_Nd), -1, dtype=torch.float32)
+
 
 @dataclass(frozen=True)
 class Row:
@@ -221,9 +226,7 @@ def scored(
             with torch.inference_mode():
                 log_q_NV, log_p_NV = F.log_softmax(model.head.logits(hidden_Nd), -1, dtype=torch.float32), None
                 if reference is not None:
-                    teacher_Nd = reference.hidden_Md[index_N].to(reference.head.weight_Vd.device)
-                    log_p_NV = F.log_softmax(reference.head.logits(teacher_Nd), -1, dtype=torch.float32)
-                    log_p_NV = log_p_NV.to(log_q_NV.device)
+                    log_p_NV = reference.log_p_NV(index_N).to(log_q_NV.device)
             yield Scored(index_N, log_q_NV, labels_N, log_p_NV)
 
 

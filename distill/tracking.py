@@ -5,7 +5,8 @@ tracker that fails or hangs, at the start or later, is reported once and left al
 
 Metrics carry their unit in the name and their own x-axis: `train/student/*` and `train/control/*` over
 `tokens`, validation curves of both over `train_seconds`, so student and control share one axis. What is
-measured later (`eval/`) goes into the same run, found by the id in the run folder, as `eval/*` of its summary.
+measured later (`eval/`) goes into the same run, found by the id in the run folder: numbers as `eval/*` of its summary,
+lists as tables.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from distill.recipe import load_recipe
 
 logger = logging.getLogger(__name__)
 IDENTITY = "wandb_id.json"
+INTERVAL = ("_interval", "_range")  # names of pairs of numbers end so
 START_SECONDS, FINISH_SECONDS = 60.0, 300.0  # to reach the tracker, and to hand over what is left at the end
 VALIDATION_FIGURES = ("nll_nats", "perplexity", "bits_per_byte", "accuracy", "kl_to_teacher_nats", "top1_agreement")
 
@@ -122,9 +124,11 @@ class Tracker:
         self._guarded(send)
 
     def log_evaluation(
-        self, protocol: str, figures: Mapping[str, Any], rows: list[dict[str, Any]], pictures: Iterable[Path]
+        self, protocol: str, figures: Mapping[str, Any], pictures: Iterable[Path], scatter: tuple[str, str, str] | None
     ) -> None:
-        """Figures into the summary as `eval/PROTOCOL/...`, rows as a table, pictures as they are."""
+        """Figures into the summary as `eval/PROTOCOL/...`, their lists as tables, pictures as they are; `scatter`: the
+        list of named rows that is also plotted, and its columns of x and y.
+        """
 
         def send() -> None:
             import wandb
@@ -132,8 +136,15 @@ class Tracker:
             self._run.summary.update(dict(_scalars(f"eval/{protocol}", figures)))
             for picture in pictures:
                 self._run.log({f"eval/{protocol}/{picture.stem}": wandb.Image(str(picture))})
+            if scatter:
+                name, x, y = scatter
+                points = [[point[x], point[y], point["name"]] for point in figures[name]]
+                table = wandb.Table(columns=[x, y, "name"], data=points)
+                plot = wandb.plot.scatter(table, x, y, title=f"{y} over {x}")
+                self._run.log({f"eval/{protocol}/{y}": plot})
 
-        self._table(f"eval/{protocol}/table", rows)
+        for name, listed in _tables(figures).items():
+            self._table(f"eval/{protocol}/{name}", listed)
         self._guarded(send)
 
     def finish(self) -> None:
@@ -145,8 +156,8 @@ class Tracker:
         def send() -> None:
             import wandb
 
-            columns: list[Any] = list(rows[0])
-            self._run.log({name: wandb.Table(columns=columns, data=[[str(row[c]) for c in columns] for row in rows])})
+            columns: list[Any] = list(dict.fromkeys(column for row in rows for column in row))
+            self._run.log({name: wandb.Table(columns=columns, data=[[row.get(c) for c in columns] for row in rows])})
 
         if rows:
             self._guarded(send)
@@ -177,14 +188,14 @@ def log_evaluation(
     folder: Path,
     protocol: str,
     figures: Mapping[str, Any],
-    rows: list[dict[str, Any]] | None = None,
     pictures: Iterable[Path] = (),
+    scatter: tuple[str, str, str] | None = None,
 ) -> None:
     """Log what was measured after a run into its own wandb run, online or offline; nothing where it has none."""
     if not (folder / IDENTITY).is_file():
         return
     tracker = Tracker(Accelerator(log_with="wandb"), load_recipe(folder), folder)
-    tracker.log_evaluation(protocol, figures, rows or [], pictures)
+    tracker.log_evaluation(protocol, figures, pictures, scatter)
     tracker.finish()
 
 
@@ -198,9 +209,28 @@ def _read_identity(file: Path) -> str | None:
 
 
 def _scalars(name: str, value: Any) -> Iterator[tuple[str, float | str | bool]]:
-    """The leaves of nested mappings by path; lists are left out."""
+    """The leaves of nested mappings by path, and both ends of intervals; other lists are left out."""
     if isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _scalars(f"{name}/{key}", item)
+            yield from _scalars(f"{name}/{key}" if name else str(key), item)
     elif isinstance(value, int | float | str | bool):
         yield name, value
+    elif name.endswith(INTERVAL) and value is not None:
+        yield from zip((f"{name}/low", f"{name}/high"), value, strict=True)
+
+
+def _tables(figures: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The lists of mappings among nested figures, as tables: lists of one name are one, with whose they are as `of`."""
+    tables: dict[str, list[dict[str, Any]]] = {}
+
+    def add(path: tuple[str, ...], value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                add((*path, str(key)), item)
+        elif isinstance(value, list) and all(isinstance(row, Mapping) for row in value):
+            for number, row in enumerate(value):
+                tables.setdefault(path[-1], []).append({"of": "/".join(path[:-1]), **dict(_scalars("", row))})
+                add((*path, str(number + 1)), {key: item for key, item in row.items() if isinstance(item, list)})
+
+    add((), figures)
+    return tables

@@ -14,7 +14,8 @@ For the teacher's distribution p and the model's q at every token of the text, m
   al. 2017, arXiv 1706.04599);
 
 and the first ones by how frequent the target token is and by the teacher's entropy. Both need one vocabulary; where the
-model's is a trimmed one, the teacher is read in those tokens, and its distribution is that over them.
+model's is a trimmed one, the teacher is read in those tokens, and its distribution is that over them. `--dtype` and
+`--decoder` say in which arithmetic the models run; the teacher runs in that in which it teaches.
 
 Legend: M targets, N some of them, V vocabulary.
 """
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +32,7 @@ import torch
 from torch import Tensor
 
 from distill.corpus import load_corpus
+from distill.decode import find_student, load_decoder
 from distill.metrics import (
     Documents,
     Reference,
@@ -48,6 +50,7 @@ from eval.command import (
     Subject,
     Text,
     add_corpus_options,
+    add_decoder_option,
     execute,
     find_teacher,
     finish,
@@ -56,6 +59,7 @@ from eval.command import (
     make_subjects,
     make_texts,
 )
+from eval.perplexity import scored_by_decoder
 
 BINS = 15
 ENTROPY_EDGES = (0.5, 1.5, 3.0, 4.5)  # nats
@@ -79,8 +83,13 @@ def compare(
     model: LanguageModel, documents: Documents, reference: Reference, *, window: int | None, context: int, batch: int
 ) -> PerTarget:
     """Read the documents with the model and compare it with the teacher's stored states, `batch` tokens at a time."""
-    columns = torch.zeros(documents.targets, 9, dtype=torch.float64)
-    for part in scored(model, documents, rows_of(documents, window, context), batch, reference):
+    return collect(scored(model, documents, rows_of(documents, window, context), batch, reference), documents.targets)
+
+
+def collect(parts: Iterable[Scored], targets: int) -> PerTarget:
+    """What all parts say of their targets, each with the teacher's distribution beside the model's."""
+    columns = torch.zeros(targets, 9, dtype=torch.float64)
+    for part in parts:
         columns[part.index_N] = _columns(part)
     kl_M, overlap_M, top1_M, top5_M, entropy_M = columns[:, :5].unbind(1)
     return PerTarget(kl_M, overlap_M, top1_M, top5_M, entropy_M, columns[:, 5:7], columns[:, 7:9])
@@ -106,7 +115,7 @@ def _columns(part: Scored) -> Tensor:
 
 
 def calibration(confidence_M: Tensor, correct_M: Tensor, bins: int = BINS) -> Figures:
-    """Expected calibration error, and the reliability diagram: mean confidence, accuracy and share of each bin."""
+    """Expected calibration error, and the reliability diagram: confidence, accuracy and share of each filled bin."""
     bin_M = (confidence_M * bins).long().clamp(0, bins - 1)
     count_b = torch.bincount(bin_M, minlength=bins).double()
     confidence_b, accuracy_b = (
@@ -115,11 +124,13 @@ def calibration(confidence_M: Tensor, correct_M: Tensor, bins: int = BINS) -> Fi
     )
     error = (count_b * (confidence_b - accuracy_b).abs()).sum() / count_b.sum()
     filled = count_b > 0
+    columns = (confidence_b, accuracy_b, count_b / count_b.sum())
     return {
         "expected_calibration_error": error.item(),
-        "confidence": confidence_b[filled].tolist(),
-        "accuracy": accuracy_b[filled].tolist(),
-        "share": (count_b / count_b.sum())[filled].tolist(),
+        "bins": [
+            dict(zip(("confidence", "accuracy", "share"), row, strict=True))
+            for row in torch.stack(columns, dim=1)[filled].tolist()
+        ],
     }
 
 
@@ -159,6 +170,7 @@ def summarise(values: PerTarget, documents: Documents, frequency_M: Tensor) -> F
         "by_frequency": by_band(values, frequency_M, FREQUENCY_EDGES),
         "by_teacher_entropy": by_band(values, values.entropy_M, ENTROPY_EDGES),
         "tokens": documents.targets,
+        "documents": len(documents.tokens),
     }
 
 
@@ -182,8 +194,9 @@ def read(teacher: LanguageModel, text: Text) -> tuple[Documents, Reference, Tens
 
 def measure(options: argparse.Namespace) -> None:
     text = make_texts(options)[0]
-    subjects = make_subjects(options.models, ("student", "control"), options.trust_remote_code)
-    teacher = find_teacher(options).load(options.dtype)
+    roles = [role for role in options.roles if role != "teacher"]
+    subjects = make_subjects(options.models, roles, options.trust_remote_code)
+    teacher = find_teacher(options).load()  # as it teaches, whatever the arithmetic of the models
     readings: dict[frozenset[str], tuple[Documents, Reference, Tensor]] = {}  # by the tokens that a model speaks
     figures: dict[Subject, Figures] = {}
     for subject in subjects:
@@ -193,10 +206,15 @@ def measure(options: argparse.Namespace) -> None:
         if tokens not in readings:
             readings[tokens] = read(own, text)
         documents, reference, frequency_M = readings[tokens]
-        window, context = reading_window(model, text.evaluation)
-        batch = text.evaluation.batch_tokens
-        values = compare(model, documents, reference, window=window, context=context, batch=batch)
-        figures[subject] = summarise(values, documents, frequency_M)
+        if options.decoder:
+            decoder = load_decoder(find_student(subject.config.model))
+            values = collect(scored_by_decoder(decoder, documents, reference), documents.targets)
+        else:
+            window, context = reading_window(model, text.evaluation)
+            batch = text.evaluation.batch_tokens
+            values = compare(model, documents, reference, window=window, context=context, batch=batch)
+        dtype = "int8" if options.decoder else str(model.model.dtype).removeprefix("torch.")
+        figures[subject] = {**summarise(values, documents, frequency_M), "dtype": dtype}
     rows = [
         {
             "model": subject.label,
@@ -224,6 +242,7 @@ def measure(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("agreement", __doc__)
     add_corpus_options(parser)
+    add_decoder_option(parser)
     parser.add_argument("--teacher", metavar="MODEL", help="default: the teacher of the run folders")
     return execute(parser, arguments, measure)
 

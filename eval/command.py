@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from pydantic import ValidationError
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.checkpoint import write_json
 from distill.command import guarded
@@ -40,6 +44,7 @@ from distill.writing import text_of
 logger = logging.getLogger(__name__)
 ROLES = ("teacher", "student", "control")
 CLASSIFIER = "its accuracy and speed stand in its result.json, and the same recipe again prints them"
+OF_PRECISION = ("perplexity", "agreement")  # measured for each arithmetic on its own
 Figures = dict[str, Any]
 
 
@@ -68,16 +73,31 @@ def is_run(name: str) -> bool:
     return (Path(name) / "recipe.yaml").is_file()
 
 
+def run_labels(folders: Iterable[Path]) -> dict[Path, str]:
+    """What tables call run folders: the last part of their paths, or as many as tell them apart; a folder once."""
+    paths: dict[Path, Path] = {}
+    for folder in folders:
+        paths.setdefault(Path(os.path.abspath(folder)), folder)
+    labels = {}
+    for path, folder in paths.items():
+        alike = (sum(other.parts[-n:] == path.parts[-n:] for other in paths) for n in itertools.count(1))
+        labels[folder] = str(Path(*path.parts[-next(n for n, count in enumerate(alike, 1) if count == 1) :]))
+    return labels
+
+
 def make_subjects(
     names: Sequence[str], roles: Sequence[str] = ROLES, trust_remote_code: Sequence[str] = ()
 ) -> list[Subject]:
     """What the names on the command line stand for, teachers first; UserError for a run without a student."""
     teachers: dict[TeacherConfig, list[Path]] = {}
     others = []
+    labels = run_labels(Path(name) for name in names if is_run(name))
     for name in names:
         folder = Path(name)
         if not is_run(name):
             others.append(Subject(name, "model", _named(name, trust_remote_code)))
+            continue
+        if folder not in labels:  # the same folder by another name
             continue
         if not (folder / "student" / "config.json").is_file():
             raise UserError(f"{name}: expected a finished run, found no student in it; run its recipe to the end first")
@@ -88,7 +108,7 @@ def make_subjects(
         for role in ("student", "control"):
             if role in roles and (folder / role / "config.json").is_file():
                 config = TeacherConfig(model=str(folder / role), dtype="fp32")
-                others.append(Subject(f"{folder.name} {role}", role, config, (folder,)))
+                others.append(Subject(f"{labels[folder]} {role}", role, config, (folder,)))
     wanted = teachers.items() if "teacher" in roles else ()
     return [
         Subject("teacher" if len(teachers) == 1 else f"teacher {config.model}", "teacher", config, tuple(runs))
@@ -134,36 +154,62 @@ def in_tokens_of(model: LanguageModel, teacher: LanguageModel) -> LanguageModel:
     )
 
 
+SELECTION = (  # the fields that say which documents there are
+    "source", "name", "revision", "split", "text_field", "documents", "streaming", "sample_documents", "max_documents",
+    "validation_fraction", "test_fraction",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Text:
-    """A corpus to be read: the documents of one split, or all of a text, and how a Transformer's windows go over it."""
+    """A corpus to be read: the documents of one split, or all of a text, and how a Transformer's windows go over it.
+
+    That of a run is as many documents as the run was validated on, which were counted out in its student's tokens.
+    """
 
     label: str
     corpus: CorpusConfig
     split: str  # as the training sees it (`train`, `validation`, `test`), or `all` of the text
     evaluation: EvaluationConfig
+    run: Path | None = None
 
     @property
     def settings(self) -> Figures:
         """What numbers on this text depend on."""
+        text = self.corpus.model_dump(mode="json", include=set(SELECTION), exclude_defaults=True)
         chosen = self.evaluation.model_dump(include={"window", "context", "max_tokens"})
-        return {"source": self.corpus.source, "split": self.split, **chosen}
+        return {"text": text, "split": self.split, **chosen}
 
     def documents(self, model: LanguageModel, count: int | None = None) -> Documents:
-        """The first documents within `max_tokens`, or the first `count`, in the model's own tokens."""
-        return self._documents(model, None if count else self.evaluation.max_tokens).first(count)
+        """The first `count` documents in the model's own tokens; else as many as the run has, or fit `max_tokens`."""
+        count = self._documents_of_run if count is None else count
+        return self._documents(model.tokenizer, model.name, count)
 
-    def _documents(self, model: LanguageModel, max_tokens: int | None) -> Documents:
+    def separator_id(self, tokenizer: PreTrainedTokenizerBase, name: str) -> int:
+        """The token before each document; the tokenizer's own where it lacks the recipe's."""
+        return separator_id(tokenizer, self._with_separator_of(tokenizer, name).separator)
+
+    @cached_property
+    def _documents_of_run(self) -> int | None:
+        """None for a text of no run, and where all are read."""
+        if self.run is None or self.evaluation.max_tokens is None:
+            return None
+        tokenizer = AutoTokenizer.from_pretrained(self.run / "student")
+        return len(self._documents(tokenizer, str(self.run), None).tokens)
+
+    def _documents(self, tokenizer: Any, name: str, count: int | None) -> Documents:
+        """The first `count` documents, or those within `max_tokens`, in a tokenizer's tokens."""
+        max_tokens = self.evaluation.max_tokens if count is None else None
         if self.split != "all":
-            corpus = load_corpus(self._with_separator_of(model), model.tokenizer, progress=False)
-            return select_documents(getattr(corpus, self.split), max_tokens)
-        separator = separator_id(model.tokenizer, self.corpus.separator)
+            corpus = load_corpus(self._with_separator_of(tokenizer, name), tokenizer, progress=False)
+            return select_documents(getattr(corpus, self.split), max_tokens).first(count)
+        separator = self.separator_id(tokenizer, name)
         tokens: list[np.ndarray] = []
         utf8_bytes: list[int] = []
         words: list[int] = []
         total = 0
-        for text in open_documents(self.corpus, progress=False):
-            ids = model.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        for text in itertools.islice(open_documents(self.corpus, progress=False), count):
+            ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
             if tokens and max_tokens is not None and total + len(ids) > max_tokens:
                 break
             total += len(ids)
@@ -174,11 +220,11 @@ class Text:
             raise UserError(f"corpus {self.corpus.source}: expected text, found none")
         return Documents(tokens, np.array(utf8_bytes), np.array(words))
 
-    def _with_separator_of(self, model: LanguageModel) -> CorpusConfig:
+    def _with_separator_of(self, tokenizer: Any, name: str) -> CorpusConfig:
         """The recipe's corpus; a tokenizer that lacks its separator starts documents with its own."""
-        if self.corpus.separator is None or self.corpus.separator in model.tokenizer.get_vocab():
+        if self.corpus.separator is None or self.corpus.separator in tokenizer.get_vocab():
             return self.corpus
-        logger.warning("%s: no token %s, documents start with its own", model.name, self.corpus.separator)
+        logger.warning("%s: no token %s, documents start with its own", name, self.corpus.separator)
         return self.corpus.model_copy(update={"separator": None})
 
 
@@ -191,6 +237,8 @@ def make_parser(protocol: str, description: str | None) -> argparse.ArgumentPars
     )
     parser.set_defaults(protocol=protocol)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="a run folder, or any causal language model")
+    # What the report has no use for is not measured.
+    parser.add_argument("--roles", nargs="+", choices=ROLES, default=ROLES, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument(
         "--trust-remote-code", action="append", default=[], metavar="MODEL",
@@ -212,26 +260,39 @@ def add_corpus_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text-field", default="text", help="field of a text source's records")
     parser.add_argument("--unit", default="paragraph", choices=["line", "paragraph", "file"], help="a .txt document")
-    parser.add_argument("--separator", help="token that starts a document (default: the tokenizer's end of text)")
+    parser.add_argument(
+        "--separator", help="token that starts a text's documents (default: the first run's, else the tokenizer's end)"
+    )
     parser.add_argument("--window", type=int, help="longest stretch that a Transformer reads, in tokens")
     parser.add_argument("--context", type=int, help="minimum left context in later windows, in tokens")
     parser.add_argument("--max-tokens", type=int, help="read the first whole documents within this many tokens")
 
 
+def add_decoder_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--decoder", action="store_true", help="students in their quantised decoder, without teachers")
+
+
+def precision_of(options: argparse.Namespace) -> str:
+    """The arithmetic that was asked for; `auto`: that in which the models were trained."""
+    return "int8" if getattr(options, "decoder", False) else str(options.dtype)
+
+
 def make_texts(options: argparse.Namespace) -> list[Text]:
     """The corpora that the options name; UserError where one is missing or an option is out of bounds."""
-    names = options.corpus or list(filter(is_run, options.models))[:1]
-    if not names:
+    runs = list(filter(is_run, options.models))
+    names = dict.fromkeys(options.corpus or runs[:1])
+    if not has_text(options):
         raise UserError("--corpus: expected a text, a recipe or a run folder, as no run folder is among the models")
     given = {name: getattr(options, name) for name in ("window", "context", "max_tokens")}
     given = {name: value for name, value in given.items() if value is not None}
-    texts = []
+    separator = options.separator or (load_recipe(runs[0]).corpus.separator if runs else None)
+    texts: dict[str, Text] = {}
     for name in names:
         recipe = load_recipe(name) if is_run(name) or Path(name).suffix in (".yaml", ".yml") else None
         try:
             if recipe is None:
                 corpus = CorpusConfig(
-                    source=name, text_field=options.text_field, separator=options.separator, documents=options.unit
+                    source=name, text_field=options.text_field, separator=separator, documents=options.unit
                 )
                 base: Figures = {"max_tokens": None}
             else:
@@ -240,8 +301,15 @@ def make_texts(options: argparse.Namespace) -> list[Text]:
         except ValidationError as error:
             raise UserError("; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())) from None
         split = options.split or ("validation" if recipe else "all")
-        texts.append(Text(f"{Path(corpus.source).name}, {split}", corpus, split, evaluation))
-    return texts
+        label = f"{Path(corpus.source).name}, {split}"
+        label = f"{name}, {split}" if label in texts else label
+        texts[label] = Text(label, corpus, split, evaluation, Path(name) if is_run(name) else None)
+    return list(texts.values())
+
+
+def has_text(options: argparse.Namespace) -> bool:
+    """Whether the options name a corpus, or a run folder with one."""
+    return bool(options.corpus or any(map(is_run, options.models)))
 
 
 def execute(
@@ -259,8 +327,11 @@ def finish(options: argparse.Namespace, figures: Mapping[Subject, Figures], sett
 
     A run's file holds its models by role; the printed line holds all of them by label.
     """
+    protocol = options.protocol
+    if protocol in OF_PRECISION and (precision := precision_of(options)) != "auto":
+        protocol += f"-{precision}"  # beside the figures of the models as they were trained, not in their place
     about = {
-        "protocol": options.protocol,
+        "protocol": protocol,
         "measured": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "settings": settings,
         "machine": machine(),
@@ -268,10 +339,9 @@ def finish(options: argparse.Namespace, figures: Mapping[Subject, Figures], sett
     }
     for run in sorted({run for subject in figures for run in subject.runs}):
         models = {subject.role: row for subject, row in figures.items() if run in subject.runs}
-        write_json(run / "eval" / f"{options.protocol}.json", {**about, "models": models}, field="run folder")
-        samples = [{"model": role, **sample} for role, row in models.items() for sample in row.get("samples", [])]
-        pictures = sorted((run / "eval").glob(f"{options.protocol}_*.png"))
-        log_evaluation(run, options.protocol, models, samples, pictures)
+        write_json(run / "eval" / f"{protocol}.json", {**about, "models": models}, field="run folder")
+        pictures = sorted((run / "eval").glob(f"{protocol}_*.png"))
+        log_evaluation(run, protocol, models, pictures)
     print_json({**about, "models": {subject.label: row for subject, row in figures.items()}})
 
 

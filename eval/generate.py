@@ -159,8 +159,9 @@ def measure(options: argparse.Namespace) -> None:
             for sample in found["samples"][:1]
         ),
     )
-    names = ("prompt_tokens", "new_tokens", "temperature", "top_p", "seed")
-    finish(options, figures, {"corpus": text.label, "text": real, **{name: getattr(options, name) for name in names}})
+    names = ("texts", "prompt_tokens", "new_tokens", "temperature", "top_p", "seed")
+    chosen_so = {name: getattr(options, name) for name in names}
+    finish(options, figures, {"corpus": text.label, **text.settings, "text_itself": real, **chosen_so})
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -16,25 +16,35 @@ Legend: M targets, V vocabulary.
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill.config import EvaluationConfig
 from distill.decode import Decoder, find_student, load_decoder
-from distill.metrics import Documents, Score, bootstrap_interval, reading_window, score, summed
+from distill.metrics import (
+    ROWS_PER_HEAD_CALL,
+    Documents,
+    Reference,
+    Score,
+    Scored,
+    bootstrap_interval,
+    reading_window,
+    score,
+    summed,
+)
 from distill.output import print_table
 from distill.teacher import LanguageModel
 from eval.command import (
-    ROLES,
     Figures,
     Subject,
     add_corpus_options,
+    add_decoder_option,
     execute,
     finish,
     make_parser,
@@ -49,16 +59,31 @@ def evaluate(model: LanguageModel, documents: Documents, evaluation: EvaluationC
     return score(model, documents, window=window, context=context, batch_tokens=evaluation.batch_tokens)
 
 
-def evaluate_decoder(decoder: Decoder, documents: Documents) -> Score:
-    """Score documents by the distribution that the decoder samples from at temperature 1."""
-    nll: list[float] = []
+def scored_by_decoder(decoder: Decoder, documents: Documents, reference: Reference | None = None) -> Iterator[Scored]:
+    """As `distill.metrics.scored`: the distributions that the decoder samples from at temperature 1."""
+    start = 0
+    logits: list[Tensor] = []
+    labels_M = torch.from_numpy(np.concatenate([tokens[1:] for tokens in documents.tokens]).astype(np.int64))
     for tokens in documents.tokens:
         lanes = decoder.lanes(1)
-        for token, label in itertools.pairwise(tokens.tolist()):
+        for token in tokens[:-1].tolist():
             lanes.read([token])
-            logits_V = torch.from_numpy(lanes.logits(0)).double()
-            nll.append((logits_V.logsumexp(0) - logits_V[label]).item())
-    return summed(documents, torch.tensor(nll, dtype=torch.float64))
+            logits.append(torch.from_numpy(lanes.logits(0).copy()))
+            if len(logits) == ROWS_PER_HEAD_CALL or start + len(logits) == len(labels_M):
+                index_N = torch.arange(start, start + len(logits))
+                log_q_NV = torch.stack(logits).log_softmax(-1)
+                yield Scored(
+                    index_N, log_q_NV, labels_M[index_N], None if reference is None else reference.log_p_NV(index_N)
+                )
+                start, logits = start + len(logits), []
+
+
+def evaluate_decoder(decoder: Decoder, documents: Documents) -> Score:
+    """Score documents by the distribution that the decoder samples from at temperature 1."""
+    nll_M = torch.zeros(documents.targets, dtype=torch.float64)
+    for part in scored_by_decoder(decoder, documents):
+        nll_M[part.index_N] = part.nll_N
+    return summed(documents, nll_M)
 
 
 def figures_of(
@@ -89,9 +114,7 @@ def figures_of(
 
 def measure(options: argparse.Namespace) -> None:
     texts = make_texts(options)
-    roles, other = (ROLES[1:], "int8") if options.decoder else (ROLES, options.dtype)
-    if other != "auto":  # beside the figures of the models as they were trained, not in their place
-        options.protocol += f"-{other}"
+    roles = [role for role in options.roles if role != "teacher" or not options.decoder]
     subjects = make_subjects(options.models, roles, options.trust_remote_code)
     figures: dict[Subject, Figures] = {}
     counts: dict[str, int] = {}  # documents of each text: those that the first model reads, whatever their tokens
@@ -128,7 +151,7 @@ def measure(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = make_parser("perplexity", __doc__)
     add_corpus_options(parser)
-    parser.add_argument("--decoder", action="store_true", help="students in their quantised decoder, without teachers")
+    add_decoder_option(parser)
     return execute(parser, arguments, measure)
 
 

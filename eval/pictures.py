@@ -26,30 +26,35 @@ def _frontier(report: Figures) -> Figure:
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axis: Axes = figure.subplots()
     points = report["points"]
+    (speed, speed_title), (quality, quality_title) = (
+        (report["axes"][which]["figure"], report["axes"][which]["title"]) for which in ("speed", "quality")
+    )
     runtimes = list(dict.fromkeys(point["runtime"] for point in points))
-    best = sorted((p for p in points if not p["dominated"]), key=lambda p: p["tokens_per_second"])
+    best = sorted((p for p in points if not p["dominated"]), key=lambda p: p[speed])
     axis.step(
-        [p["tokens_per_second"] for p in best], [p["bits_per_byte"] for p in best],
+        [p[speed] for p in best], [p[quality] for p in best],
         where="pre", color="#9aa4ae", linewidth=1, linestyle=":",
     )  # fmt: skip
     for point in points:
-        x, y = point["tokens_per_second"], point["bits_per_byte"]
+        x, y = point[speed], point[quality]
         axis.scatter(
             x, y, s=70, color=COLOURS[point["role"]], alpha=0.3 if point["dominated"] else 1, linewidths=0,
             marker=MARKS[runtimes.index(point["runtime"]) % len(MARKS)],
         )  # fmt: skip
         if not point["dominated"]:
             # Up and to the right of a point of the frontier, nothing else can be.
-            name = point["runtime"] if point["role"] == "teacher" else _short(point["model"], report)
+            of_runtime = point["role"] == "teacher" and report["kind"] != "classifiers"
+            name = point["runtime"] if of_runtime else _short(point["model"], report)
             axis.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
     handles = [
         *(axis.scatter([], [], color=colour, label=role) for role, colour in COLOURS.items()),
         *(axis.scatter([], [], color="#444444", marker=MARKS[n % len(MARKS)], label=r) for n, r in enumerate(runtimes)),
     ]
     axis.legend(handles=handles, frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    axis.invert_yaxis()
+    if not report["axes"]["quality"]["more_is_better"]:
+        axis.invert_yaxis()
     _logarithmic(axis, "x")
-    _finish(axis, "tokens a second (batch 1)", "bits a byte (less is better, so up)")
+    _finish(axis, speed_title, quality_title)
     return figure
 
 

@@ -131,10 +131,10 @@ class LlamaCppSession:
         self.llama = Llama(str(path), n_ctx=room, n_threads=threads, n_threads_batch=threads, verbose=False)
         about = self.llama.metadata
         kind = about["general.architecture"]
-        layers, heads, width, kv_heads = (
-            int(about[f"{kind}.{key}"])
-            for key in ("block_count", "attention.head_count", "embedding_length", "attention.head_count_kv")
+        layers, heads, width = (
+            int(about[f"{kind}.{key}"]) for key in ("block_count", "attention.head_count", "embedding_length")
         )
+        kv_heads = int(about.get(f"{kind}.attention.head_count_kv", heads))  # left out where each head has its own
         self.token_bytes = 2 * 2 * layers * kv_heads * (width // heads)  # keys and values in fp16
         self.longest_context: float = min(self.llama.n_ctx(), int(about[f"{kind}.context_length"]))
         self.vocab_size = self.llama.n_vocab()

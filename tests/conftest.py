@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import io
 import json
 import os
@@ -97,6 +98,14 @@ def other_teacher(tmp_path: Path) -> Path:
         max_position_embeddings=512,
     )  # fmt: skip
     return folder
+
+
+def needs_distribution(name: str) -> None:
+    """Skip a test where a package of data is not installed; such a package need not be one that can be imported."""
+    try:
+        importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip(f"needs {name}, which make install-dev installs")
 
 
 def run_command(

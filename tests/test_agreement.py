@@ -84,8 +84,8 @@ def test_calibration_of_a_model_with_a_known_error(error: float) -> None:
     right[1000 : 1000 + round(3000 * (0.3 + error))] = 1
     found = calibration(confidence, right)
     assert found["expected_calibration_error"] == pytest.approx(error, abs=1e-9)
-    assert found["share"] == pytest.approx([0.75, 0.25])
-    assert found["accuracy"] == pytest.approx([0.3 + error, 0.7 - error])
+    assert [row["share"] for row in found["bins"]] == pytest.approx([0.75, 0.25])
+    assert [row["accuracy"] for row in found["bins"]] == pytest.approx([0.3 + error, 0.7 - error])
 
 
 def test_a_confidence_of_one_falls_into_the_last_bin() -> None:

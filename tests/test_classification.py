@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 from benchmarks.tiny import WORDS, save_llama, save_tokenizer
+from distill.checkpoint import write_json
 from distill.classify import ClassifierTraining
 from distill.cli import main
 from distill.config import Recipe, UserError
@@ -28,8 +29,10 @@ from distill.hub import main as publish
 from distill.job import run
 from distill.progress import Interrupted
 from distill.recipe import dump_recipe, load_recipe
+from distill.sealed import seal
 from distill.student import LSTMConfig, LSTMForCausalLM, LSTMForSequenceClassification
 from eval.perplexity import main as eval_perplexity
+from eval.report import collect
 from eval.report import main as eval_report
 
 KINDS = {"person": ["king", "queen", "wrote", "book"], "place": ["city", "road", "bridge", "market"]}
@@ -302,7 +305,43 @@ def test_a_teacher_with_other_labels_is_refused(recipe: Path, finished: Path) ->
 def test_what_is_for_language_models_says_so(finished: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from distill.plan import main as plan
 
-    for command, words in ((eval_perplexity, [str(finished)]), (eval_report, [str(finished)]), (plan, [str(recipe)])):
+    for command, words in ((eval_perplexity, [str(finished)]), (plan, [str(recipe)])):
         assert command(words) == 2
         message = capsys.readouterr().err
         assert "classifier" in message and "Traceback" not in message, message
+
+
+def test_the_report_of_classifiers(finished: Path, tmp_path: Path) -> None:
+    twin = tmp_path / "twin"
+    shutil.copytree(finished, twin)
+    assert eval_report([str(finished), str(twin), "--measure", "--output", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))
+    names = [f"{run} {role}" for run in ("tiny", "twin") for role in ("teacher", "student", "control")]
+    assert [point["name"] for point in report["points"]] == names, "a teacher is of its run"
+    result = result_of(finished)
+    for point, role in zip(report["points"][:3], ("teacher", "student", "control"), strict=True):
+        for name in ("accuracy", "accuracy_interval", "latency_ms_p50", "parameters"):
+            assert point[name] == result[role][name]
+        assert point["top1_agreement"] == result[role].get("top1_agreement")
+    table = (tmp_path / "report" / "table.md").read_text(encoding="utf-8").splitlines()
+    assert len(table) == 2 + len(names) and "agreement with the teacher" in table[0]
+    assert f"| {result['student']['accuracy']:.3f} |" in table[3]
+    for part in ("agrees with it on", f"{result['student']['texts']} texts", "trained on the labels alone"):
+        assert part in report["sentence"]
+    assert report["sentence"] in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert (tmp_path / "report" / "frontier.png").stat().st_size > 10_000
+
+
+def test_classifiers_that_do_not_compare_are_refused(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(finished, other)
+    result = result_of(other)
+    result["corpus"]["fingerprint"] = "another"
+    write_json(other / "result.json", seal(result))
+    with pytest.raises(UserError, match="tiny and other were tested on other texts"):
+        collect([finished, other])
+    monkeypatch.setattr("eval.report.read_result", lambda folder: {} if folder == tmp_path else result)
+    with pytest.raises(UserError, match="is a classifier's run, .* a language model's: expected one kind"):
+        collect([finished, tmp_path])

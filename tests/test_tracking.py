@@ -7,9 +7,13 @@ import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import ROOT, World, result_of, run_command
+
+from distill.tracking import Tracker
 
 
 def records(file: Path) -> Iterator[bytes]:
@@ -91,15 +95,53 @@ def test_evaluations_go_into_the_same_run(world: World, tmp_path: Path) -> None:
     kept = json.loads((folder / "eval" / "perplexity.json").read_text(encoding="utf-8"))["models"]["student"]
     ((corpus, row),) = kept.items()
     assert summary[f"eval/perplexity/student/{corpus}/bits_per_byte"] == row["bits_per_byte"]
-    # Its report: a table of all points, and the pictures.
+    assert summary[f"eval/perplexity/student/{corpus}/bits_per_byte_interval/low"] == row["bits_per_byte_interval"][0]
+    # Its report: a table of all points, their plot, and the pictures.
     before = set(folder.rglob("*.wandb"))
     words = (str(folder), "--output", str(tmp_path / "report"))
     report = run_command(*words, launcher=("-m", "eval.report"), cold=True)
     assert report.returncode == 0, report.stderr
     (file,) = set(folder.rglob("*.wandb")) - before
     logged = {key for row in rows_of(file, "history") for key in row}
-    for part in ("eval/frontier/table", "eval/frontier/frontier"):
+    for part in ("eval/frontier/points", "eval/frontier/bits_per_byte", "eval/frontier/frontier"):
         assert any(part in key for key in logged), logged
+
+
+def test_lists_of_an_evaluation_are_tables() -> None:
+    """Lists of one name are one table, with numbers as numbers, and say whose rows they are."""
+    figures = {
+        "student": {
+            "by_frequency": [{"from": 0.0, "below": 0.1, "overlap": 0.5}, {"from": 0.1, "below": None, "overlap": 1}],
+            "context": {"losses": [{"context": 1, "nll_nats": 2.0, "nll_nats_interval": [1.5, 2.5]}]},
+            "time_constants": [{"quantiles": {"0.5": 3.0}, "units_by_octave": [{"from": 1, "units": 4}]}],
+            "tokens": 7,
+        },
+        "control": {"by_frequency": [{"from": 0.0, "below": 0.1, "overlap": 0.25}]},
+    }
+    logged: dict[str, Any] = {}
+    tracker = Tracker.__new__(Tracker)
+    tracker._alive, tracker._run = True, SimpleNamespace(log=logged.update, summary={})
+    tracker.log_evaluation("agreement", figures, [], None)
+    assert tracker._alive and tracker._run.summary == {"eval/agreement/student/tokens": 7}
+    found = {name: [dict(zip(table.columns, row, strict=True)) for row in table.data] for name, table in logged.items()}
+    assert found == {
+        "eval/agreement/by_frequency": [
+            {"of": "student", "from": 0.0, "below": 0.1, "overlap": 0.5},
+            {"of": "student", "from": 0.1, "below": None, "overlap": 1},
+            {"of": "control", "from": 0.0, "below": 0.1, "overlap": 0.25},
+        ],
+        "eval/agreement/losses": [
+            {
+                "of": "student/context",
+                "context": 1,
+                "nll_nats": 2.0,
+                "nll_nats_interval/low": 1.5,
+                "nll_nats_interval/high": 2.5,
+            }
+        ],
+        "eval/agreement/time_constants": [{"of": "student", "quantiles/0.5": 3.0}],
+        "eval/agreement/units_by_octave": [{"of": "student/time_constants/1", "from": 1, "units": 4}],
+    }
 
 
 HANGING = """
