@@ -85,6 +85,10 @@ def toy_words(name: str, toys: Path, output: Path) -> list[str]:
         words += ["corpus.sample_documents=120", "corpus.max_documents=200"]
     if recipe.student.is_fresh_lstm:
         words += ["student.fit_tokens=128"]
+    if recipe.student.embedding_size:
+        words += ["student.embedding_size=4"]
+    if recipe.endpoint:
+        words += ["endpoint=null"]  # tests/test_served.py has servers
     if recipe.student.vocabulary_size:
         words += ["student.vocabulary_size=280"]
     if recipe.writing:
