@@ -200,7 +200,7 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
 
 def _columns(rows: Sequence[dict[str, str]]) -> list[str]:
     """The columns of the row that has most: others may lack what was not measured."""
-    return list(max(rows, key=lambda row: len(row)))
+    return max((list(row) for row in rows), key=len)
 
 
 def _table(rows: Sequence[dict[str, str]], points: Sequence[Figures]) -> str:

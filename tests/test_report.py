@@ -319,6 +319,8 @@ def _check_print(tab: Any, folder: Path) -> None:
     assert 2 <= pages <= 6, pages
     tab.set_viewport_size({"width": 1016, "height": 700})  # the inside of a sheet of A4, lying
     tab.wait_for_timeout(300)
+    # The sheet may be narrower than the window that a chart was drawn for: it is scaled, as it says how large it is.
+    assert tab.evaluate("[...document.querySelectorAll('.main-svg')].every(svg => svg.hasAttribute('viewBox'))")
     wide = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
     assert tab.evaluate(wide) == 0, "paper does not scroll"
     if kept := os.environ.get("POTSTILL_SCREENSHOTS"):
