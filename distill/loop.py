@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 from transformers import PreTrainedModel
 
+from distill.arithmetic import check_gradients
 from distill.checkpoint import Checkpoints, load_state, load_tensors, restore_optimizer, write_atomically
 from distill.config import Length, Recipe, StageConfig, UserError
 from distill.progress import Clock, Interrupted, Progress, Spent, StopFlag
@@ -58,6 +59,8 @@ class Loop:
     ) -> None:
         """`validate` takes the student and gives a score with `nll_nats` and `curve_figures`."""
         cast(torch.nn.Module, student).to(accelerator.device)
+        if accelerator.mixed_precision == "bf16":
+            check_gradients(cast(torch.nn.Module, student))
         self.name, self.recipe, self.stages, self.student = name, recipe, stages, student
         self.validate, self.accelerator, self.tracker = validate, accelerator, tracker
         self.validate_at_tokens = validate_at_tokens

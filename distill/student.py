@@ -47,7 +47,7 @@ from transformers.utils import can_return_tuple
 State = tuple[Tensor, ...]  # the sequences are axis 1 of each part
 STATE_NAMES = {"lstm": ("h_LBH", "c_LBH"), "gru": ("h_LBH",), "ln_lstm": ("h_LBH", "c_LBH")}  # by cell
 MEMORY_NAMES = ("memory_MBH", "valid_MB")  # of the attention, after those of the cells
-SIGNALS = 32  # inputs beside x that tell the gates what to do; three are used, oneDNN likes a round number
+SIGNALS = 16  # inputs beside x that tell the gates what to do; three are used, and see `misread`
 STRETCH = 256  # positions that attend at one time: scores of a long text do not fill the memory
 SHUT = 1e4  # a gate's sigmoid is 0 at -SHUT and 1 at SHUT, exactly and in any type
 Read = Callable[[int], tuple[Tensor, State]]  # see LSTMModel.forward
@@ -309,6 +309,16 @@ class Steps(NamedTuple):
         return output_BSH.gather(1, self.place_BT[..., None].expand(-1, -1, output_BSH.shape[-1]))
 
 
+def misread(cell: nn.LSTM | nn.GRU, x_BTH: Tensor) -> bool:
+    """Whether oneDNN may give wrong gradients for these inputs, without a word.
+
+    From 1,024 units on, its backward pass in bf16 on AMX (torch 2.13) is off by more than the gradient's own size, or
+    NaN. It is right where inputs are 16 wider than the state, as they are with SIGNALS.
+    """
+    low = x_BTH.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return low and x_BTH.device.type == "cpu" and isinstance(cell, nn.LSTM) and cell.hidden_size >= 1024
+
+
 def run_fused(
     cell: nn.LSTM | nn.GRU, x_BTH: Tensor, state: State, steps: Steps | None, dropout: float
 ) -> tuple[Tensor, State]:
@@ -324,7 +334,8 @@ def run_fused(
     h = (1 - z) * h' + z * n, their z is 1 - z of here.
     """
     gru = isinstance(cell, nn.GRU)
-    if steps is None and not dropout:
+    widened = steps is None and torch.is_grad_enabled() and misread(cell, x_BTH)
+    if steps is None and not dropout and not widened:
         output_BTH, last = cell(x_BTH, state[0] if gru else state)
         return output_BTH, (last,) if gru else last
     # The module reads a cached list of its weights, so others have to be handed to the function underneath.
@@ -336,6 +347,8 @@ def run_fused(
     if steps is not None:
         input_BSI = steps.inputs(x_BTH)
         weights = steps.weights_of_gru(weights) if gru else steps.weights_of_lstm(weights)
+    elif widened:
+        input_BSI, weights[0] = F.pad(x_BTH, (0, SIGNALS)), F.pad(weights[0], (0, SIGNALS))
     options = (True, 1, 0.0, cell.training, False, True)  # biases, 1 layer, no dropout between layers, ..., batch first
     if gru:
         output_BSH, *state_after = torch.gru(input_BSI, state[0], weights, *options)
