@@ -29,7 +29,7 @@ def check_gradients(model: nn.Module) -> None:
     reset_BT = torch.zeros(4, 8, dtype=torch.bool, device=weight_GH.device)
     reset_BT[0, 5] = True
     for steps in (None, Steps.of(reset_BT)):
-        gradients = []
+        gradients: list[torch.Tensor] = []
         for low in (False, True):
             with torch.enable_grad(), torch.autocast(weight_GH.device.type, torch.bfloat16, enabled=low):
                 output_BTH, _ = run_fused(cell, x_BTH, (zero_1BH, zero_1BH), steps, 0.0)
