@@ -50,6 +50,16 @@ def run_stranger(script: str, *arguments: str, cwd: Path, **environment: str) ->
     )  # fmt: skip
 
 
+# Modules that take the longest, in the order in which to begin them: a process that comes to one at the end would have
+# the others wait for it.
+LONG = ("invariance", "targets", "processes", "report", "benchmarks", "student", "tracking", "examples", "harness", "hub")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return make_world(tmp_path_factory.mktemp("world"))
