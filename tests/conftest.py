@@ -52,7 +52,7 @@ def run_stranger(script: str, *arguments: str, cwd: Path, **environment: str) ->
 
 # Modules that take the longest, in the order in which to begin them: a process that comes to one at the end would have
 # the others wait for it.
-LONG = ("invariance", "targets", "processes", "report", "benchmarks", "student", "tracking", "examples", "harness", "hub")
+LONG = ("invariance", "targets", "processes", "report", "benchmarks", "tracking", "examples", "harness", "hub")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
