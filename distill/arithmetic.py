@@ -24,7 +24,8 @@ def check_gradients(model: nn.Module) -> None:
     if cell is None:
         return
     weight_GH, H = cell.get_parameter("weight_hh_l0"), cell.hidden_size
-    x_BTH = torch.randn(4, 8, H, generator=torch.Generator().manual_seed(0)).to(weight_GH.device).requires_grad_()
+    generator = torch.Generator().manual_seed(0)
+    x_BTH = torch.randn(4, 8, cell.input_size, generator=generator).to(weight_GH.device).requires_grad_()
     zero_1BH = x_BTH.new_zeros(1, 4, H)
     reset_BT = torch.zeros(4, 8, dtype=torch.bool, device=weight_GH.device)
     reset_BT[0, 5] = True
