@@ -22,6 +22,8 @@ THREADS ?= $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 LOCKED := $(PIP) install -qq --no-deps --require-hashes
+# Where make bench-decode has built llama.cpp, the teacher is timed in it as well.
+LLAMA = $(if $(wildcard .venv-llama/.done),POTSTILL_LLAMA_PYTHON=.venv-llama/bin/python)
 LAUNCH = OMP_NUM_THREADS=$(THREADS) $(BIN)/accelerate launch --config_file $(ACCELERATE) distill/run.py
 
 # Exits with a message unless run by a Python that the locks cover.
@@ -59,7 +61,7 @@ frontier: install  ## students of several SIZES from one cache of the teacher, a
 		$(LAUNCH) recipes/frontier.yaml run.output_dir=$(RUNS) run.name=frontier-$$size student.hidden_size=$$size \
 			control.enabled=$$([ $$size = $(CONTROL) ] && echo true || echo false) $(ARGS) || exit; \
 	done
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m eval.report $(SIZES:%=$(RUNS)/frontier-%) --measure --output $(RUNS)/frontier
+	$(LLAMA) OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m eval.report $(SIZES:%=$(RUNS)/frontier-%) --measure --output $(RUNS)/frontier
 
 smoke: install  ## the whole pipeline in seconds, on toy sizes
 	$(LAUNCH) recipes/smoke.yaml $(ARGS)
@@ -110,7 +112,7 @@ bench-methods: install  ## what each method and each kind of student buys, and r
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.methods $(ARGS)
 
 bench-decode: install .venv-llama/.done  ## speed of decoding: the student, its teacher in llama.cpp and transformers; after make distill
-	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.decode $(ARGS)
+	POTSTILL_LLAMA_PYTHON=.venv-llama/bin/python OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.decode $(ARGS)
 
 bench-runtimes: install build/torchao/.done  ## one decoding step in onnxruntime, torch.compile, AOTInductor, torchao: why the first
 	OMP_NUM_THREADS=$(THREADS) PYTHONPATH=build/torchao $(BIN)/python -m benchmarks.runtimes $(ARGS)

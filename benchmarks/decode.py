@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,21 +34,21 @@ from benchmarks.report import finish, print_table
 from benchmarks.train import run_process
 from distill import losses
 from distill.command import guarded
-from distill.config import UserError
+from distill.config import TeacherConfig, UserError
 from distill.corpus import load_corpus, separator_id
 from distill.decode import Decoder, find_student, load_decoder
 from distill.job import select_documents
 from distill.metrics import Documents
-from distill.packaged import resolve_package
 from distill.recipe import load_recipe
 from distill.samples import decode_speed
 from distill.session import available_cores
 from distill.student import LSTMForCausalLM
 from distill.teacher import LanguageModel, hardware_has_bf16, load_language_model
 from distill.torch_decoder import load_student
+from eval.command import Subject
+from eval.runtimes import LlamaCppSession, Unavailable
 
-LLAMA_PYTHON = Path(".venv-llama/bin/python")
-ROOT = Path(__file__).resolve().parent.parent
+LLAMA_TOKENS, LLAMA_REPEATS, LLAMA_ROOM = 128, 5, 512
 
 
 def quality(student: LSTMForCausalLM, decoder: Decoder, folder: Path, documents: Documents) -> dict[str, float]:
@@ -115,24 +116,37 @@ def bandwidth(size: int) -> float:
     return best
 
 
-def gguf_file(model: str) -> Path | None:
-    """The recipe's teacher as a file for llama.cpp, if it is one."""
-    path = Path(resolve_package(model)) if model.startswith("package:") else Path(model).expanduser()
-    return path if path.suffix == ".gguf" else None
+def open_llama(config: TeacherConfig) -> LlamaCppSession | None:
+    """The recipe's teacher in llama.cpp, None unless it is a file for that; UserError where there is no llama.cpp."""
+    if not config.model.endswith(".gguf"):
+        return None
+    try:
+        return LlamaCppSession(Subject("teacher", "teacher", config), available_cores(), LLAMA_ROOM)
+    except Unavailable as error:
+        raise UserError(f"llama.cpp: {error}; make bench-decode builds it, --skip-llama goes without") from None
+
+
+def llama_speed(session: LlamaCppSession) -> dict[str, Any]:
+    """Tokens a second of greedy decoding after five tokens: the median of a few times, after one to warm up."""
+    rates = []
+    for _ in range(LLAMA_REPEATS + 1):
+        tokens_B = session.start(np.array([[1, 2, 3, 4, 5]]))
+        began = time.perf_counter()
+        for _ in range(LLAMA_TOKENS):
+            tokens_B = session.step(tokens_B)
+        rates.append(LLAMA_TOKENS / (time.perf_counter() - began))
+    return {"tokens_per_second": statistics.median(rates[1:]), "version": session.llama.version}
 
 
 def benchmark(options: argparse.Namespace) -> None:
     torch.set_num_threads(available_cores())
     recipe = load_recipe(options.run)
     folder = find_student(options.run)
-    gguf = None if options.skip_llama else gguf_file(recipe.teacher.model)
-    if gguf and not LLAMA_PYTHON.is_file():
-        raise UserError(f"expected llama.cpp at {LLAMA_PYTHON}, found none: make bench-decode, or --skip-llama")
+    session = None if options.skip_llama else open_llama(recipe.teacher)
     decoder = load_decoder(folder)
     measured = run_process([sys.executable, "-m", "benchmarks.decode_stream", str(folder)])
-    cores = str(available_cores())
-    script = str(ROOT / "benchmarks" / "llama.py")
-    llama = run_process([str(LLAMA_PYTHON), script, str(gguf), cores]) if gguf else None
+    llama = llama_speed(session) if session else None
+    session = None  # its process ends
     step_bytes = bytes_per_token(decoder, folder)
     caches, memory = bandwidth(step_bytes), bandwidth(2**29)
     device = torch.device("cpu")
@@ -153,7 +167,8 @@ def benchmark(options: argparse.Namespace) -> None:
         **{f"teacher, {dtype}, generate": rate for dtype, rate in generate.items()},
     }
     if llama:
-        speeds[f"teacher, {gguf.stem.rsplit('.', 1)[-1] if gguf else ''}, llama.cpp"] = llama["tokens_per_second"]
+        quantised = Path(recipe.teacher.model).stem.rpartition(".")[2]
+        speeds[f"teacher, {quantised}, llama.cpp"] = llama["tokens_per_second"]
     reference = llama["tokens_per_second"] if llama else float("nan")
     rows = [
         {
@@ -188,7 +203,7 @@ def benchmark(options: argparse.Namespace) -> None:
         f"beside fp32; KL from the exact int8 head to the two steps {found['head_kl_nats']:.4f} nats; "
         f"{measured['resident_mib']:.0f} MiB resident."
     )
-    print_table(f"Decoding {options.run} at batch 1 on {cores} cores", rows, note)
+    print_table(f"Decoding {options.run} at batch 1 on {available_cores()} cores", rows, note)
     details = {"rows": measured["rows"], "tokens_per_second": speeds, "llama_cpp": llama, "quality": found}
     finish("decode", {**figures, **details})
 

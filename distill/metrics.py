@@ -26,7 +26,7 @@ from distill.student import LSTMForCausalLM
 from distill.teacher import LanguageModel
 
 logger = logging.getLogger(__name__)
-ROWS_PER_HEAD_CALL = 512
+ROWS_PER_HEAD_CALL = 128  # fp32 logits of 24 MiB at V = 49,152; more of them take longer, fewer as well
 
 
 @dataclass(frozen=True)
@@ -198,6 +198,13 @@ class Scored:
     log_q_NV: Tensor
     labels_N: Tensor
     log_p_NV: Tensor | None
+
+    def split(self, size: int) -> Iterator[Scored]:
+        """The same, `size` targets at a time."""
+        for start in range(0, len(self.index_N), size):
+            rows = slice(start, start + size)
+            log_p_NV = None if self.log_p_NV is None else self.log_p_NV[rows]
+            yield Scored(self.index_N[rows], self.log_q_NV[rows], self.labels_N[rows], log_p_NV)
 
     @property
     def nll_N(self) -> Tensor:

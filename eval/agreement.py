@@ -25,14 +25,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from distill.corpus import load_corpus
-from distill.decode import find_student, load_decoder
+from distill.decode import Decoder
 from distill.metrics import (
     Documents,
     Reference,
@@ -59,9 +61,11 @@ from eval.command import (
     make_subjects,
     make_texts,
 )
-from eval.perplexity import scored_by_decoder
+from eval.perplexity import nats_key, scored_by_decoder
+from eval.shared import keep, once
 
 BINS = 15
+CACHE_ROWS = 16  # targets compared at one time: 3 MiB a distribution at V = 49,152
 ENTROPY_EDGES = (0.5, 1.5, 3.0, 4.5)  # nats
 FREQUENCY_EDGES = (1e-5, 1e-4, 1e-3, 1e-2)  # share of all tokens
 
@@ -77,6 +81,7 @@ class PerTarget:
     entropy_M: Tensor  # of the teacher, nats
     confidence_M2: Tensor  # highest probability of teacher, model
     correct_M2: Tensor  # whether that token came
+    nll_M2: Tensor  # nats of the token that came, of teacher, model
 
 
 def compare(
@@ -88,15 +93,19 @@ def compare(
 
 def collect(parts: Iterable[Scored], targets: int) -> PerTarget:
     """What all parts say of their targets, each with the teacher's distribution beside the model's."""
-    columns = torch.zeros(targets, 9, dtype=torch.float64)
+    columns = torch.zeros(targets, 11, dtype=torch.float64)
     for part in parts:
         columns[part.index_N] = _columns(part)
     kl_M, overlap_M, top1_M, top5_M, entropy_M = columns[:, :5].unbind(1)
-    return PerTarget(kl_M, overlap_M, top1_M, top5_M, entropy_M, columns[:, 5:7], columns[:, 7:9])
+    return PerTarget(kl_M, overlap_M, top1_M, top5_M, entropy_M, *columns[:, 5:].split(2, dim=1))
 
 
 def _columns(part: Scored) -> Tensor:
-    """The nine numbers of each target, (N, 9)."""
+    """The eleven numbers of each target, (N, 11); of a few at a time, so that what comes between stays in cache."""
+    return torch.cat([_of_rows(rows) for rows in part.split(CACHE_ROWS)])
+
+
+def _of_rows(part: Scored) -> Tensor:
     assert part.log_p_NV is not None
     p_NV, q_NV = part.log_p_NV.exp(), part.log_q_NV.exp()
     (p_N, teachers_N), (q_N, own_N) = p_NV.max(-1), q_NV.max(-1)
@@ -105,11 +114,13 @@ def _columns(part: Scored) -> Tensor:
         torch.minimum(p_NV, q_NV).sum(-1),
         teachers_N == own_N,
         (q_NV > q_NV.gather(1, teachers_N[:, None])).sum(-1) < 5,
-        torch.special.entr(p_NV).sum(-1),
+        -(p_NV * part.log_p_NV).sum(-1),
         p_N,
         q_N,
         teachers_N == part.labels_N,
         own_N == part.labels_N,
+        replace(part, log_q_NV=part.log_p_NV).nll_N,
+        part.nll_N,
     )
     return torch.stack([number.double().cpu() for number in numbers], dim=1)
 
@@ -184,12 +195,27 @@ def frequencies(text: Text, documents: Documents, model: LanguageModel) -> Tenso
     return torch.from_numpy(counts_V[targets_M] / counts_V.sum())
 
 
-def read(teacher: LanguageModel, text: Text) -> tuple[Documents, Reference, Tensor]:
-    """The text in the teacher's tokens, what it makes of it, and how frequent each target is."""
+class Reading(NamedTuple):
+    """The text in the teacher's tokens, what it makes of it, and how frequent each target is (M,)."""
+
+    documents: Documents
+    reference: Reference
+    frequency_M: Tensor
+
+
+def read(teacher: LanguageModel, text: Text) -> Reading:
+    """What models of the teacher's tokens are compared with."""
     documents, (window, context) = text.documents(teacher), reading_window(teacher, text.evaluation)
     batch = text.evaluation.batch_tokens
     reference = build_reference(teacher, documents, window=window, context=context, batch_tokens=batch)
-    return documents, reference, frequencies(text, documents, teacher)
+    return Reading(documents, reference, frequencies(text, documents, teacher))
+
+
+def keep_nats(values: PerTarget, documents: Documents, text: Text, *readers: LanguageModel | Decoder) -> None:
+    """Let perplexity have the losses of teacher and model, which came about on the way."""
+    for reader, nll_M in zip(readers, values.nll_M2.unbind(1), strict=True):
+        window, context = (None, 0) if isinstance(reader, Decoder) else reading_window(reader, text.evaluation)
+        keep(nats_key(reader, documents, window, context), nll_M)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -197,22 +223,24 @@ def measure(options: argparse.Namespace) -> None:
     roles = [role for role in options.roles if role != "teacher"]
     subjects = make_subjects(options.models, roles, options.trust_remote_code)
     teacher = find_teacher(options).load()  # as it teaches, whatever the arithmetic of the models
-    readings: dict[frozenset[str], tuple[Documents, Reference, Tensor]] = {}  # by the tokens that a model speaks
+    readings: dict[frozenset[str], Reading] = {}  # by the tokens that a model speaks
     figures: dict[Subject, Figures] = {}
     for subject in subjects:
-        model = subject.load(options.dtype)
+        reader: LanguageModel | Decoder
+        reader = model = subject.load(options.dtype)
         own = in_tokens_of(model, teacher)
         tokens = frozenset(own.tokenizer.get_vocab())
         if tokens not in readings:
-            readings[tokens] = read(own, text)
+            readings[tokens] = once(("reading", own.model, tokens, text), partial(read, own, text))
         documents, reference, frequency_M = readings[tokens]
         if options.decoder:
-            decoder = load_decoder(find_student(subject.config.model))
+            reader = decoder = subject.load_decoder()
             values = collect(scored_by_decoder(decoder, documents, reference), documents.targets)
         else:
             window, context = reading_window(model, text.evaluation)
             batch = text.evaluation.batch_tokens
             values = compare(model, documents, reference, window=window, context=context, batch=batch)
+        keep_nats(values, documents, text, own, reader)
         dtype = "int8" if options.decoder else str(model.model.dtype).removeprefix("torch.")
         figures[subject] = {**summarise(values, documents, frequency_M), "dtype": dtype}
     rows = [

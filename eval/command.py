@@ -15,7 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from distill.checkpoint import write_json
 from distill.command import guarded
 from distill.config import CorpusConfig, EvaluationConfig, TeacherConfig, UserError
 from distill.corpus import load_corpus, separator_id
+from distill.decode import Decoder, find_student, load_decoder
 from distill.documents import open_documents
 from distill.job import select_documents
 from distill.metrics import Documents
@@ -37,9 +38,10 @@ from distill.output import machine, print_json
 from distill.recipe import load_recipe
 from distill.result import versions
 from distill.student import LSTMForCausalLM
-from distill.teacher import LanguageModel, load_language_model
+from distill.teacher import LanguageModel, load_language_model, resolve_dtype
 from distill.tracking import log_evaluation
 from distill.writing import text_of
+from eval.shared import once
 
 logger = logging.getLogger(__name__)
 ROLES = ("teacher", "student", "control")
@@ -59,13 +61,22 @@ class Subject:
 
     def load(self, dtype: str = "auto") -> LanguageModel:
         """On this machine's device; a student is read in fp32, as the training validates it, unless told otherwise."""
-        device = Accelerator().device
-        given = self.config.model_dump(exclude={"context", "dtype", "weight"})
         wanted = self.config.dtype if dtype == "auto" else dtype
-        loaded = load_language_model(**given, dtype=wanted, device=device, role=self.role)
+        loaded = self._load(wanted)
         if isinstance(loaded.model, LSTMForCausalLM) and wanted == "auto":
-            loaded = load_language_model(**given, dtype="fp32", device=device, role=self.role)
+            loaded = self._load("fp32")
         return loaded
+
+    def _load(self, dtype: str) -> LanguageModel:
+        device = Accelerator().device
+        chosen = {"dtype": resolve_dtype(dtype, device), "device": device, "role": self.role}
+        given = self.config.model_dump(exclude={"context", "dtype", "weight"})
+        key = ("model", self.config.model_copy(update={"dtype": chosen["dtype"]}))
+        return once(key, lambda: load_language_model(**given, **chosen))
+
+    def load_decoder(self) -> Decoder:
+        """A student's quantised decoder."""
+        return once(("decoder", self.config), lambda: load_decoder(find_student(self.config.model)))
 
 
 def is_run(name: str) -> bool:
@@ -183,19 +194,24 @@ class Text:
     def documents(self, model: LanguageModel, count: int | None = None) -> Documents:
         """The first `count` documents in the model's own tokens; else as many as the run has, or fit `max_tokens`."""
         count = self._documents_of_run if count is None else count
-        return self._documents(model.tokenizer, model.name, count)
+        make = partial(self._documents, model.tokenizer, model.name, count)
+        return once(("documents", self, model.tokenizer, count), make)
 
     def separator_id(self, tokenizer: PreTrainedTokenizerBase, name: str) -> int:
         """The token before each document; the tokenizer's own where it lacks the recipe's."""
         return separator_id(tokenizer, self._with_separator_of(tokenizer, name).separator)
 
-    @cached_property
+    @property
     def _documents_of_run(self) -> int | None:
         """None for a text of no run, and where all are read."""
-        if self.run is None or self.evaluation.max_tokens is None:
+        run = self.run
+        if run is None or self.evaluation.max_tokens is None:
             return None
-        tokenizer = AutoTokenizer.from_pretrained(self.run / "student")
-        return len(self._documents(tokenizer, str(self.run), None).tokens)
+
+        def count() -> int:
+            return len(self._documents(AutoTokenizer.from_pretrained(run / "student"), str(run), None).tokens)
+
+        return once(("documents of the run", self), count)
 
     def _documents(self, tokenizer: Any, name: str, count: int | None) -> Documents:
         """The first `count` documents, or those within `max_tokens`, in a tokenizer's tokens."""

@@ -27,10 +27,13 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from distill.config import UserError
 from distill.metrics import Documents, Row, scored
 from distill.output import print_table
+from distill.sampling import Sampler
 from distill.teacher import LanguageModel
 from eval.command import (
     Figures,
@@ -75,6 +78,21 @@ def teacher_nll(teacher: LanguageModel, prompts: Sequence[Ids], texts: Sequence[
     return total / sum(len(ids) for _, ids in pairs) if pairs else None
 
 
+class Nucleus(LogitsProcessor):
+    """Temperature and top-p as the decoder does them (`distill/sampling.py`): `generate` sorts the whole vocabulary for
+    each token, which takes longer than a small model's step."""
+
+    def __init__(self, temperature: float, top_p: float) -> None:
+        self.sampler = Sampler(temperature, top_p=top_p)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        kept_BV = torch.full(scores.shape, -math.inf)
+        for kept_V, scores_V in zip(kept_BV, scores.float().cpu(), strict=True):
+            tokens_P, weights_P = self.sampler.kept(scores_V.numpy())
+            kept_V[slice(None) if tokens_P is None else torch.from_numpy(tokens_P)] = torch.from_numpy(weights_P).log()
+        return kept_BV.to(scores.device)
+
+
 def write(model: LanguageModel, prompts: Sequence[Ids], options: argparse.Namespace) -> list[Ids]:
     """Continuations of prompts of one length, without the end of text."""
     end, rows = prompts[0][0], cast(Any, model.model.get_output_embeddings()).weight.shape[0]
@@ -84,8 +102,8 @@ def write(model: LanguageModel, prompts: Sequence[Ids], options: argparse.Namesp
     with torch.inference_mode():
         output_BT = cast(Any, model.model).generate(
             prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=options.new_tokens, do_sample=True,
-            temperature=options.temperature, top_p=options.top_p, top_k=0, eos_token_id=end, pad_token_id=end,
-            suppress_tokens=padding,
+            temperature=1.0, top_p=1.0, top_k=0, eos_token_id=end, pad_token_id=end, suppress_tokens=padding,
+            logits_processor=LogitsProcessorList([Nucleus(options.temperature, options.top_p)]),
         )  # fmt: skip
     written = output_BT[:, prompt_BT.shape[1] :].tolist()
     return [ids[: ids.index(end)] if end in ids else ids for ids in written]

@@ -6,7 +6,8 @@
 For each runtime (`eval/runtimes.py`), at batch 1 in every context and at every batch in the shortest one (`--all-pairs`
 for the product): time to the first token, milliseconds a token (p50, p95, p99) of greedy decoding, tokens a second,
 prompt tokens a second, bytes of state. Once each: load time, resident memory (both in a process of its own, files in
-the page cache), weights in memory and on disk. Prompts are random tokens: what they say costs nothing.
+the page cache; llama.cpp's time includes the start of its process), weights in memory and on disk. Prompts are random
+tokens: what they say costs nothing.
 
 Machines are noisy. Threads are pinned, every case is warmed up, repetitions of all cases take turns, medians are
 reported with the lowest and highest of the repetitions' medians, and speeds are compared within one run only: `x` is
@@ -22,12 +23,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -35,12 +39,17 @@ from tqdm.auto import tqdm
 
 from distill.config import UserError
 from distill.output import print_table
+from distill.session import available_cores
 from eval.command import Figures, Subject, execute, finish, make_parser, make_subjects, positive
+from eval.llama import resident_bytes
 from eval.runtimes import Opener, Session, Unavailable, runtimes_of
 
 BUFFER_BYTES = 2**29  # read for the bandwidth: far beyond any cache
 SLOW_SECONDS = 2.0  # prompts that take longer are read once only
-STEP_SECONDS = 1.0  # of decoding in a repetition of a case
+WARMING_TOKENS = 256  # of a prompt, read before the first repetition
+STEP_SECONDS = 0.5  # of decoding in a repetition of a case
+PROBES_TOGETHER = 4  # each has some 300 MiB of libraries
+READY = "ready"
 Pair = tuple[int, int]  # batch, context
 
 
@@ -59,6 +68,7 @@ def measure_sessions(
 ) -> tuple[dict[str, dict[Pair, Case]], float]:
     """All cases of all sessions, repetitions taking turns; and the machine's bandwidth in bytes a second."""
     cases = {name: {pair: Case() for pair in pairs} for name in sessions}
+    warm: set[tuple[str, tuple[int, ...]]] = set()
     rng = np.random.default_rng(0)
     bandwidth = 0.0
     for repeat in tqdm(range(repeats), desc="repetitions"):
@@ -71,8 +81,10 @@ def measure_sessions(
                 if case.left_out or (case.starts and case.starts[0] > SLOW_SECONDS):
                     continue
                 ids_BT = rng.integers(0, session.vocab_size, pair)
-                if repeat == 0:  # the first reading of a case allocates, compiles and fills caches
-                    _run(session, ids_BT[:, : min(pair[1], 256)], 3)
+                few_BT = ids_BT[:, :WARMING_TOKENS]
+                if (name, few_BT.shape) not in warm:  # a first reading allocates, compiles and fills caches
+                    _run(session, few_BT, 3)
+                    warm.add((name, few_BT.shape))
                 start, steps, case.state_bytes = _run(session, ids_BT, new_tokens)
                 case.starts.append(start)
                 case.steps.append(steps)
@@ -162,49 +174,85 @@ def figures_of(session: Session, cases: Mapping[Pair, Case], bandwidth: float) -
 
 
 def probe(options: argparse.Namespace) -> None:
-    """What `--probe RUNTIME` does: load one model, decode a little, print seconds and memory as JSON."""
+    """What `--probe RUNTIME` does: when its turn comes, load one model, decode a little, print seconds and memory."""
     (subject,) = make_subjects(options.models, (options.role,), options.trust_remote_code)
-    before = _resident_bytes()
+    opener = runtimes_of(subject)[options.probe]
+    print(READY, flush=True)
+    sys.stdin.readline()
+    before = resident_bytes(os.getpid())
     began = time.perf_counter()
-    session = runtimes_of(subject)[options.probe](subject, options.threads, 64)
+    session = opener(subject, options.threads, 64)
     seconds = time.perf_counter() - began
     _run(session, np.zeros((1, 16), dtype=np.int64), 8)
-    after = _resident_bytes()
+    process, before = session.process or (os.getpid(), before)
+    after = resident_bytes(process)
     print(json.dumps({"load_seconds": seconds, "resident_bytes": after, "resident_bytes_model": after - before}))
 
 
-def _resident_bytes() -> int:
-    """Resident memory of this process; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return 0
-    return pages * 4096
+def probe_all(wanted: Sequence[tuple[Subject, str]], threads: int) -> list[Figures]:
+    """The figures of `probe` for each model and runtime, each in a process of its own.
+
+    They start side by side, as many as there are cores: imports take most of a process's time, and one core each. Then
+    they take turns, while the others wait for theirs.
+    """
+    found: list[Figures] = []
+    together = min(available_cores(), PROBES_TOGETHER)
+    for first in range(0, len(wanted), together):
+        with ExitStack() as stack:
+            probes = [stack.enter_context(_Probe(*one, threads)) for one in wanted[first : first + together]]
+            for started in probes:
+                started.wait()
+            found += [started.figures() for started in probes]
+    return found
 
 
-def _probed(subject: Subject, runtime: str, threads: int) -> Figures:
-    """The figures of `probe` in a process of its own; its last words where that fails."""
-    name = str(subject.runs[0]) if subject.runs else subject.label
-    command = [sys.executable, "-m", "eval.latency", name, "--role", subject.role]
-    command += ["--probe", runtime, "--threads", str(threads)]
-    command += ["--trust-remote-code", name] if subject.config.trust_remote_code else []
-    found = subprocess.run(command, capture_output=True, text=True)
-    if found.returncode:
-        return {"probe_error": (found.stderr.strip().splitlines() or ["no message"])[-1]}
-    return json.loads(found.stdout.splitlines()[-1])
+class _Probe:
+    """A process that does what `probe` says."""
+
+    def __init__(self, subject: Subject, runtime: str, threads: int) -> None:
+        name = str(subject.runs[0]) if subject.runs else subject.label
+        command = [sys.executable, "-m", "eval.latency", name, "--role", subject.role]
+        command += ["--probe", runtime, "--threads", str(threads)]
+        command += ["--trust-remote-code", name] if subject.config.trust_remote_code else []
+        self.errors: IO[str] = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )
+
+    def __enter__(self) -> _Probe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self.process, self.errors:
+            self.process.kill()  # where it has not ended by itself
+
+    def wait(self) -> None:
+        """Until it is ready for its turn, or has ended."""
+        assert self.process.stdout is not None
+        while (line := self.process.stdout.readline()) and line.strip() != READY:
+            pass
+
+    def figures(self) -> Figures:
+        """Its turn; its last words where it fails."""
+        said, _ = self.process.communicate("\n")
+        if self.process.returncode:
+            self.errors.seek(0)
+            return {"probe_error": (self.errors.read().strip().splitlines() or ["no message"])[-1]}
+        return json.loads(said.splitlines()[-1])
 
 
 # ---------------------------------------------------------------- the command
 
 
-def open_sessions(subjects: Sequence[Subject], options: argparse.Namespace) -> tuple[dict, dict[str, str]]:
+def open_sessions(
+    openers: Mapping[Subject, Mapping[str, Opener]], options: argparse.Namespace
+) -> tuple[dict, dict[str, str]]:
     """Sessions by (subject, runtime), and reasons of the runtimes that are not to be had by "subject: runtime"."""
     sessions: dict[tuple[Subject, str], Session] = {}
     missing: dict[str, str] = {}
     longest = max(options.contexts) + options.new_tokens + 1
-    for subject in subjects:
-        openers: dict[str, Opener] = runtimes_of(subject)
-        for runtime, opener in openers.items():
+    for subject, runtimes in openers.items():
+        for runtime, opener in runtimes.items():
             if options.runtimes and runtime not in options.runtimes:
                 continue
             try:
@@ -228,22 +276,23 @@ def measure(options: argparse.Namespace) -> None:
     if options.probe:
         return probe(options)
     subjects = make_subjects(options.models, ("teacher", "student"), options.trust_remote_code)
-    known = {name for subject in subjects for name in runtimes_of(subject)}
+    openers = {subject: runtimes_of(subject) for subject in subjects}
+    known = {name for runtimes in openers.values() for name in runtimes}
     if unknown := set(options.runtimes or ()) - known:
         raise UserError(f"--runtimes: {', '.join(sorted(unknown))}: expected some of {', '.join(sorted(known))}")
     pairs = {(1, context) for context in options.contexts} | {(b, min(options.contexts)) for b in options.batches}
     if options.all_pairs:
         pairs = {(batch, context) for batch in options.batches for context in options.contexts}
-    sessions, missing = open_sessions(subjects, options)
+    sessions, missing = open_sessions(openers, options)
     names = {f"{subject.label}: {runtime}": (subject, runtime) for subject, runtime in sessions}
     cases, bandwidth = measure_sessions(
         {name: sessions[key] for name, key in names.items()}, sorted(pairs), repeats=options.repeats,
         new_tokens=options.new_tokens, longest=options.longest,
     )  # fmt: skip
     figures: dict[Subject, Figures] = {}
-    for name, (subject, runtime) in names.items():
-        row = figures_of(sessions[subject, runtime], cases[name], bandwidth)
-        row |= _probed(subject, runtime, options.threads)
+    probed = probe_all(list(names.values()), options.threads)
+    for (name, (subject, runtime)), alone in zip(names.items(), probed, strict=True):
+        row = figures_of(sessions[subject, runtime], cases[name], bandwidth) | alone
         figures.setdefault(subject, {"runtimes": {}})["runtimes"][runtime] = row
     _print(figures, missing, bandwidth, options.threads)
     settings: Figures = {"threads": options.threads, "bandwidth_bytes_per_second": bandwidth, "not_available": missing}

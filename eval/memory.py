@@ -39,7 +39,7 @@ from tqdm.auto import tqdm
 
 from distill.checkpoint import write_atomically
 from distill.config import EvaluationConfig, UserError
-from distill.metrics import Documents, Row, reading_window, rows_of, scored
+from distill.metrics import Documents, Row, scored
 from distill.output import print_table
 from distill.student import LayerNormLSTM, LSTMBlock, LSTMForCausalLM
 from distill.teacher import LanguageModel
@@ -54,6 +54,7 @@ from eval.command import (
     make_texts,
     positive,
 )
+from eval.perplexity import nats
 
 CONTEXTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 DISTANCES = (0, 8, 32, 128, 512)
@@ -70,10 +71,7 @@ RECALL = {  # a cue and what may stand after it
 
 def by_position(model: LanguageModel, documents: Documents, evaluation: EvaluationConfig) -> list[Figures]:
     """Mean nats of a token by its place in the document, over places 1, 2, 3-4, 5-8, ..."""
-    window, context = reading_window(model, evaluation)
-    nll_M = torch.zeros(documents.targets, dtype=torch.float64)
-    for part in scored(model, documents, rows_of(documents, window, context), evaluation.batch_tokens):
-        nll_M[part.index_N] = part.nll_N
+    nll_M = nats(model, documents, evaluation)
     position_M = torch.cat([torch.arange(1, len(tokens)) for tokens in documents.tokens])
     octave_M = torch.ceil(torch.log2(position_M.double())).long()
     return [

@@ -16,9 +16,10 @@ Legend: M targets, V vocabulary.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from distill.config import EvaluationConfig
-from distill.decode import Decoder, find_student, load_decoder
+from distill.decode import Decoder
 from distill.metrics import (
     ROWS_PER_HEAD_CALL,
     Documents,
@@ -35,7 +36,8 @@ from distill.metrics import (
     Scored,
     bootstrap_interval,
     reading_window,
-    score,
+    rows_of,
+    scored,
     summed,
 )
 from distill.output import print_table
@@ -51,12 +53,36 @@ from eval.command import (
     make_subjects,
     make_texts,
 )
+from eval.shared import once
 
 
 def evaluate(model: LanguageModel, documents: Documents, evaluation: EvaluationConfig) -> Score:
     """Score documents: a recurrent student whole, any other model in overlapping windows."""
+    return summed(documents, nats(model, documents, evaluation))
+
+
+def nats(model: LanguageModel, documents: Documents, evaluation: EvaluationConfig) -> Tensor:
+    """The loss of every target (M,), fp64."""
     window, context = reading_window(model, evaluation)
-    return score(model, documents, window=window, context=context, batch_tokens=evaluation.batch_tokens)
+    rows = rows_of(documents, window, context)
+    key = nats_key(model, documents, window, context)
+    return once(key, lambda: _nats(scored(model, documents, rows, evaluation.batch_tokens), documents))
+
+
+def nats_key(
+    reader: LanguageModel | Decoder, documents: Documents, window: int | None = None, context: int = 0
+) -> Hashable:
+    """What the losses depend on that a model, or a decoder, has with documents."""
+    text = hashlib.sha256(b"".join(np.asarray(tokens, np.int64).tobytes() for tokens in documents.tokens)).digest()
+    who = (reader.model, reader.vocab_size) if isinstance(reader, LanguageModel) else (reader,)
+    return ("nats", *who, text, len(documents.tokens), window, context)
+
+
+def _nats(parts: Iterable[Scored], documents: Documents) -> Tensor:
+    nll_M = torch.zeros(documents.targets, dtype=torch.float64)
+    for part in parts:
+        nll_M[part.index_N] = part.nll_N
+    return nll_M
 
 
 def scored_by_decoder(decoder: Decoder, documents: Documents, reference: Reference | None = None) -> Iterator[Scored]:
@@ -80,10 +106,8 @@ def scored_by_decoder(decoder: Decoder, documents: Documents, reference: Referen
 
 def evaluate_decoder(decoder: Decoder, documents: Documents) -> Score:
     """Score documents by the distribution that the decoder samples from at temperature 1."""
-    nll_M = torch.zeros(documents.targets, dtype=torch.float64)
-    for part in scored_by_decoder(decoder, documents):
-        nll_M[part.index_N] = part.nll_N
-    return summed(documents, nll_M)
+    key = nats_key(decoder, documents)
+    return summed(documents, once(key, lambda: _nats(scored_by_decoder(decoder, documents), documents)))
 
 
 def figures_of(
@@ -120,7 +144,7 @@ def measure(options: argparse.Namespace) -> None:
     counts: dict[str, int] = {}  # documents of each text: those that the first model reads, whatever their tokens
     for subject in tqdm(subjects, desc="models", disable=len(subjects) == 1):
         model = subject.load(options.dtype)
-        decoder = load_decoder(find_student(subject.config.model)) if options.decoder else None
+        decoder = subject.load_decoder() if options.decoder else None
         figures[subject] = {}
         for text in texts:
             documents = text.documents(model, counts.get(text.label))

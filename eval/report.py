@@ -40,19 +40,21 @@ from eval.latency import main as latency
 from eval.memory import main as memory
 from eval.perplexity import main as perplexity
 from eval.pictures import draw_pictures
+from eval.shared import shared
 
 MODELS = (
     "In the arithmetic of the training. Top-5: the teacher's likeliest token is among the model's five likeliest. "
     "Effective context: from so many tokens on perplexity stays within 1 % of that after the longest measured. "
     "Distinct-2, repetition and the teacher's perplexity are of what the model writes."
 )
+# Agreement comes first: it reads the text with teacher and models, and perplexity finds their losses.
 MEASURES: dict[str, Callable[[list[str]], int]] = {
-    "perplexity": perplexity,
-    "perplexity-bf16": lambda runs: perplexity([*runs, "--dtype", "bf16", "--roles", "student"]),
-    "perplexity-int8": lambda runs: perplexity([*runs, "--decoder", "--roles", "student"]),
     "agreement": agreement,
     "agreement-bf16": lambda runs: agreement([*runs, "--dtype", "bf16", "--roles", "student"]),
     "agreement-int8": lambda runs: agreement([*runs, "--decoder", "--roles", "student"]),
+    "perplexity": perplexity,
+    "perplexity-bf16": lambda runs: perplexity([*runs, "--dtype", "bf16", "--roles", "student"]),
+    "perplexity-int8": lambda runs: perplexity([*runs, "--decoder", "--roles", "student"]),
     "memory": memory,
     "generate": generate,
     "latency": latency,
@@ -276,7 +278,8 @@ def write_report(report: Figures, folder: Path, title: str) -> list[Path]:
 def work(options: argparse.Namespace) -> None:
     folders = [Path(name) for name in options.runs]
     if options.measure:
-        measure_missing([folder for folder in folders if not is_classification(read_result(folder))])
+        with shared():
+            measure_missing([folder for folder in folders if not is_classification(read_result(folder))])
     report = collect(folders)
     pictures = write_report(report, Path(options.output), options.title)
     shown = [{name: row[name] for name in SHOWN if name in row} for row in table_rows(report)]

@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from safetensors.numpy import load_file
 from torch import Tensor
 from transformers import AutoConfig
@@ -27,9 +28,10 @@ from distill.sampling import Sampler
 from distill.student import LSTMCache, LSTMConfig, State
 from distill.teacher import LanguageModel, hardware_has_bf16, resolve_model
 from eval.command import Subject
+from eval.llama import VARIABLE, Ended, Llama, python_with_llama
 
 
-class Unavailable(Exception):
+class Unavailable(UserError):
     """A runtime cannot run here; the message says why and what would help."""
 
 
@@ -42,6 +44,7 @@ class Session(Protocol):
     weight_bytes: int  # in memory, embedding included
     read_bytes: int  # weights that one step reads: all but the embedding, of which it reads B rows
     disk_bytes: int
+    process: tuple[int, int] | None  # that which holds the model, where it is another: its id and its bytes without
 
     def start(self, ids_BT: np.ndarray) -> np.ndarray:
         """Forget everything, read prompts, and give the next token of each, (B,). Returns when it is known."""
@@ -60,11 +63,12 @@ class TorchSession:
     """Any causal model through its Hugging Face interface, eager; a student's step optionally compiled."""
 
     largest_batch: float = math.inf
+    process: tuple[int, int] | None = None
 
     def __init__(self, subject: Subject, dtype: str, compiled: bool = False) -> None:
-        self.model: LanguageModel = subject.load(dtype)
-        if dtype == "bf16" and not hardware_has_bf16(self.model.device):
+        if dtype == "bf16" and not hardware_has_bf16(Accelerator().device):
             raise Unavailable("this hardware has no bf16")
+        self.model: LanguageModel = subject.load(dtype)
         self.network = cast(Any, self.model.model)
         self.longest_context, self.vocab_size = self.model.longest_window, self.model.vocab_size
         self.weight_bytes = self.model.weight_bytes
@@ -114,21 +118,27 @@ class TorchSession:
 
 
 class LlamaCppSession:
-    """A GGUF file in llama.cpp, through llama-cpp-python; one sequence at a time."""
+    """A GGUF file in llama.cpp, through llama-cpp-python in a process of its own; one sequence at a time."""
 
     largest_batch: float = 1
 
     def __init__(self, subject: Subject, threads: int, context: int) -> None:
-        try:
-            from llama_cpp import Llama
-        except ImportError:
-            raise Unavailable("needs an extra: pip install 'potstill[llamacpp]' (builds from source)") from None
+        python = python_with_llama()
+        if python is None:
+            raise Unavailable(
+                f"needs an extra: pip install 'potstill[llamacpp]' (builds from source), or in {VARIABLE} a Python "
+                "that has it"
+            )
         name = subject.config.model
         path = Path(resolve_package(name)) if name.startswith(PREFIX) else Path(name).expanduser()
         if path.suffix != ".gguf":
             raise Unavailable("the model is no GGUF file")
-        room = context if context <= 4096 else 0  # 0: as much as the model was trained for
-        self.llama = Llama(str(path), n_ctx=room, n_threads=threads, n_threads_batch=threads, verbose=False)
+        try:
+            # 0: as much room as the model was trained for
+            self.llama = Llama(python, path, threads, context if context <= 4096 else 0)
+        except Ended as end:
+            raise Unavailable(str(end)) from None
+        self.process: tuple[int, int] | None = (self.llama.pid, self.llama.bare_bytes)
         about = self.llama.metadata
         kind = about["general.architecture"]
         layers, heads, width = (
@@ -136,20 +146,24 @@ class LlamaCppSession:
         )
         kv_heads = int(about.get(f"{kind}.attention.head_count_kv", heads))  # left out where each head has its own
         self.token_bytes = 2 * 2 * layers * kv_heads * (width // heads)  # keys and values in fp16
-        self.longest_context: float = min(self.llama.n_ctx(), int(about[f"{kind}.context_length"]))
-        self.vocab_size = self.llama.n_vocab()
+        self.longest_context: float = min(self.llama.room, int(about[f"{kind}.context_length"]))
+        self.vocab_size = self.llama.vocab_size
         self.disk_bytes = self.weight_bytes = self.read_bytes = path.stat().st_size
 
     def start(self, ids_BT: np.ndarray) -> np.ndarray:
-        self.llama.reset()
-        return self.step(ids_BT[0])
+        return self._read(ids_BT[0], afresh=True)
 
     def step(self, tokens_B: np.ndarray) -> np.ndarray:
-        self.llama.eval(tokens_B.tolist())
-        return np.array([self.llama.sample(temp=0.0)])
+        return self._read(tokens_B)
+
+    def _read(self, tokens_T: np.ndarray, afresh: bool = False) -> np.ndarray:
+        try:
+            return np.array([self.llama.read(tokens_T.tolist(), afresh=afresh)])
+        except Ended as end:
+            raise Unavailable(str(end)) from None
 
     def state_bytes(self) -> int:
-        return self.token_bytes * self.llama.n_tokens
+        return self.token_bytes * self.llama.tokens_read
 
 
 class DecoderSession:
@@ -157,6 +171,7 @@ class DecoderSession:
 
     largest_batch: float = math.inf
     longest_context: float = math.inf
+    process: tuple[int, int] | None = None
 
     def __init__(self, subject: Subject, threads: int, context: int) -> None:
         try:

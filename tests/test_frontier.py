@@ -49,3 +49,17 @@ def test_make_frontier_sweeps_at_least_four_sizes_and_ends_in_the_page() -> None
     assert "for size in 256 512 768 1024; do" in run.stdout
     last = [line for line in run.stdout.splitlines() if "eval." in line][-1]  # make within make says more after it
     assert "eval.report runs/frontier-256 runs/frontier-512 runs/frontier-768 runs/frontier-1024 --measure" in last
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("built", [True, False])
+def test_make_frontier_times_the_teacher_in_a_llama_cpp_that_is_built(tmp_path: Path, built: bool) -> None:
+    for name in ("Makefile", "pyproject.toml", "requirements"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv-llama").mkdir()
+    if built:
+        (tmp_path / ".venv-llama" / ".done").touch()
+    run = subprocess.run(["make", "-n", "frontier"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    (last,) = (line for line in run.stdout.splitlines() if "eval.report" in line)
+    assert ("POTSTILL_LLAMA_PYTHON=.venv-llama/bin/python " in last) == built

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import World, run_eval
+from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
 from distill.teacher import load_language_model
-from eval.generate import distinct, repetition, teacher_nll, write
+from eval.generate import Nucleus, distinct, repetition, teacher_nll, write
 
 CPU = torch.device("cpu")
 
@@ -43,6 +45,18 @@ def test_writing_ends_at_the_end_of_text(world: World) -> None:
     texts = write(model, [[0, 5, 6]] * 8, options)
     assert all(0 not in ids for ids in texts)
     assert any(len(ids) < 200 for ids in texts) and texts[0] != texts[1]
+
+
+@pytest.mark.parametrize("temperature, top_p", [(0.8, 0.95), (1.0, 0.5), (1.3, 1.0)])
+def test_the_nucleus_is_that_of_the_library(temperature: float, top_p: float) -> None:
+    scores_BV = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) * 3
+    scores_BV[:, 900:] = -math.inf  # rows of the head that are no tokens
+    found_BV = Nucleus(temperature, top_p)(torch.zeros(4, 1), scores_BV).softmax(-1)
+    expected_BV = TemperatureLogitsWarper(temperature)(None, scores_BV)
+    if top_p < 1:
+        expected_BV = TopPLogitsWarper(top_p)(None, expected_BV)
+    assert torch.equal(found_BV > 0, expected_BV > -math.inf)
+    assert found_BV.numpy() == pytest.approx(expected_BV.softmax(-1).numpy(), rel=1e-5)
 
 
 def test_the_command(world: World, other_weights: Path) -> None:

