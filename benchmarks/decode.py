@@ -41,6 +41,7 @@ from distill.job import select_documents
 from distill.metrics import Documents
 from distill.recipe import load_recipe
 from distill.samples import decode_speed
+from distill.sampling import Sampler
 from distill.session import available_cores
 from distill.student import LSTMForCausalLM
 from distill.teacher import LanguageModel, hardware_has_bf16, load_language_model
@@ -56,6 +57,7 @@ def quality(student: LSTMForCausalLM, decoder: Decoder, folder: Path, documents:
     weights = load_file(folder / "decoder.safetensors")
     scale_W, bias_W = weights["head.scale"].flatten(), weights["head.bias"].flatten()
     head_Wd = weights["head"].view(len(scale_W), -1).float()
+    greedy = Sampler(0)
     misses, targets, divergence = 0, 0, 0.0
     loss = {"decoder": 0.0, "student": 0.0}
     for tokens in documents.tokens:
@@ -63,17 +65,16 @@ def quality(student: LSTMForCausalLM, decoder: Decoder, folder: Path, documents:
         lanes, chosen, sampled, hidden = decoder.lanes(1), [], [], []
         for token in ids_T.tolist():
             lanes.read([token])
-            block, inside = divmod(int(lanes.exact_Bnk[0].argmax()), lanes.exact_Bnk.shape[2])
-            chosen.append(int(lanes.block_Bn[0, block]) * lanes.exact_Bnk.shape[2] + inside)
+            chosen.append(lanes.choose(0, greedy))
             hidden.append(_rounded(lanes.u_Bd[0]))
-            sampled.append(lanes.logits(0).copy())
+            sampled.append(lanes.logits(0))
         with torch.inference_mode():
             expected_TV = student(ids_T[None], use_cache=False).logits[0]
         sums_TW = torch.from_numpy(np.stack(hidden)) @ head_Wd.T * scale_W + bias_W
-        misses += int((sums_TW.argmax(1) != torch.tensor(chosen)).sum())
+        exact_TV = sums_TW[:, torch.from_numpy(decoder.place_V)]
+        misses += int((exact_TV.argmax(1) != torch.tensor(chosen)).sum())
         targets += len(labels_T)
         two_step_TV = torch.from_numpy(np.stack(sampled))
-        exact_TV = sums_TW[:, : two_step_TV.shape[1]]
         divergence += float(losses.forward_kl(two_step_TV, exact_TV))
         loss["student"] += float(F.cross_entropy(expected_TV, labels_T, reduction="sum"))
         loss["decoder"] += float(F.cross_entropy(two_step_TV, labels_T, reduction="sum"))
@@ -97,7 +98,9 @@ def bytes_per_token(decoder: Decoder, folder: Path) -> int:
     """Bytes of weights that a step reads: body and preview whole, of embedding and head the rows in question."""
     weights = load_file(folder / "decoder.safetensors")
     blocks = decoder.shapes["block_Bn"][1]
-    rows = {"embedding": 1, "embedding.scale": 1, "head": blocks, "head.scale": blocks, "head.bias": blocks}
+    rows = {
+        "embedding": 1, "embedding.scale": 1, "tokens": 1, "head": blocks, "head.scale": blocks, "head.bias": blocks
+    }  # fmt: skip
     return sum(value[: rows.get(name, len(value))].nbytes for name, value in weights.items())
 
 

@@ -4,10 +4,12 @@
 
 Every process has one thread and as much work as any other: the same lanes of a training step, the same tokens of a
 cache. Efficiency is tokens a second of two processes over twice those of one. What the machine itself takes away, its
-memory and caches being shared, is seen from two processes that know nothing of each other (`apart`), begun together.
+memory, caches and clock being shared, is seen from two processes that know nothing of each other (`apart`), begun
+together: `..._of_apart` is what two processes reach of them, and so what working together costs.
 Teacher, text and student are the quickstart's; the stage trained is forward KL to cached hidden states over the
 recipe's candidates, all collectives of a step included. A cache is timed from an empty folder to the checked manifest.
-Ways take turns; medians of repetitions are compared.
+Ways take turns, and each repetition is compared within itself; the medians of these ratios are given. A cache has two
+whole shards for each process, because a shard is what the work is shared out in.
 
 `rss_growth_2gb` is measured by `make bench-streaming` and taken from runs/bench/streaming.json, where there is one.
 """
@@ -33,7 +35,7 @@ from distill.command import guarded
 from distill.config import StageConfig, TargetsConfig, UserError
 from distill.job import TeacherAndText, leave, start_accelerator
 from distill.recipe import load_recipe
-from distill.targets import cached_blocks, open_targets
+from distill.targets import SHARD_TOKENS, cached_blocks, open_targets
 from distill.train import Training
 from distill.transplant import build_student
 
@@ -162,7 +164,12 @@ def benchmark(options: argparse.Namespace) -> None:
                     speeds[part][way].append(speed)
     median = {part: {way: statistics.median(found) for way, found in ways.items()} for part, ways in speeds.items()}
     efficiency = {
-        part: {way: median[part][way] / (2 * median[part]["one"]) for way in ("two", "apart")} for part in PARTS
+        part: {
+            "two": _median_ratio(ways["two"], ways["one"]) / 2,
+            "apart": _median_ratio(ways["apart"], ways["one"]) / 2,
+            "of apart": _median_ratio(ways["two"], ways["apart"]),
+        }
+        for part, ways in speeds.items()
     }
     rows = [
         {
@@ -170,6 +177,7 @@ def benchmark(options: argparse.Namespace) -> None:
             **{f"{way}, tokens/s": f"{median[part][way]:,.0f}" for way in WAYS},
             "efficiency of two": f"{efficiency[part]['two']:.1%}",
             "of apart": f"{efficiency[part]['apart']:.1%}",
+            "two to apart": f"{efficiency[part]['of apart']:.1%}",
         }
         for part in PARTS
     ]
@@ -182,10 +190,16 @@ def benchmark(options: argparse.Namespace) -> None:
             "rss_growth_2gb": rss_growth(),
             "train_efficiency_apart": efficiency["train"]["apart"],
             "cache_efficiency_apart": efficiency["cache"]["apart"],
+            "train_efficiency_of_apart": efficiency["train"]["of apart"],
+            "cache_efficiency_of_apart": efficiency["cache"]["of apart"],
             "tokens_per_second": median,
             "repetitions": speeds,
         },
     )
+
+
+def _median_ratio(speeds: Sequence[float], others: Sequence[float]) -> float:
+    return statistics.median(speed / other for speed, other in zip(speeds, others, strict=True))
 
 
 def rss_growth() -> float | None:
@@ -198,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = recipe_parser("scaling", __doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--steps", type=int, default=16, help="timed training steps")
-    parser.add_argument("--tokens", type=int, default=12_288, help="tokens of a cache for each process")
+    parser.add_argument("--tokens", type=int, default=2 * SHARD_TOKENS, help="tokens of a cache for each process")
     parser.add_argument("--folder", help=argparse.SUPPRESS)  # of a worker, as the next two
     parser.add_argument("--number", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--commands", type=int, help=argparse.SUPPRESS)

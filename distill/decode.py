@@ -77,7 +77,9 @@ class Decoder:
     def __init__(self, folder: Path, threads: int | None = None) -> None:
         self.session = open_session(folder / "decoder.onnx", threads)
         release_freed_memory()
-        self.vocab_size = int(self.session.get_modelmeta().custom_metadata_map["vocab_size"])
+        self.tokens_V = _order(folder / "decoder.safetensors")
+        self.place_V = self.tokens_V.argsort()
+        self.vocab_size = len(self.tokens_V)
         self.state_names = [value.name for value in self.session.get_inputs() if value.name != "token_1B"]
         self.shapes = {value.name: value.shape for value in (*self.session.get_inputs(), *self.session.get_outputs())}
 
@@ -93,7 +95,7 @@ class Lanes:
         shapes = {
             name: [sequences if axis == "B" else axis for axis in shape] for name, shape in decoder.shapes.items()
         }
-        self.session, self.vocab_size = decoder.session, decoder.vocab_size
+        self.session, self.tokens_V, self.place_V = decoder.session, decoder.tokens_V, decoder.place_V
         self.token_1B = np.zeros((1, sequences), np.int64)
         names = decoder.state_names
         self.states = [[np.zeros(shapes[name], np.float32) for name in names] for _ in range(2)]
@@ -136,17 +138,34 @@ class Lanes:
         self.turn = 1 - self.turn
 
     def logits(self, number: int) -> np.ndarray:
-        """logits_V of one sequence: exact where refined, else the preview. A view that the next step overwrites."""
+        """logits_V of one sequence: exact where refined, else the preview."""
+        return self._ordered_logits(number)[self.place_V]
+
+    def _ordered_logits(self, number: int) -> np.ndarray:
+        """The same in the order of `tokens_V`: a view that the next step overwrites."""
         preview_W = self.preview_BW[number]
         preview_W.reshape(-1, self.exact_Bnk.shape[2])[self.block_Bn[number]] = self.exact_Bnk[number]
-        return preview_W[: self.vocab_size]
+        return preview_W[: len(self.tokens_V)]
 
     def choose(self, number: int, sampler: Sampler) -> int:
         """The next token of one sequence."""
         if not sampler.greedy:
-            return sampler.choose(self.logits(number))
+            return int(self.tokens_V[sampler.choose(self._ordered_logits(number))])
         block, inside = divmod(int(self.exact_Bnk[number].argmax()), self.exact_Bnk.shape[2])
-        return min(int(self.block_Bn[number, block]) * self.exact_Bnk.shape[2] + inside, self.vocab_size - 1)
+        place = int(self.block_Bn[number, block]) * self.exact_Bnk.shape[2] + inside
+        return int(self.tokens_V[min(place, len(self.tokens_V) - 1)])
+
+
+def _order(weights: Path) -> np.ndarray:
+    """Token ids in the order that preview and head have them."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(weights), "numpy") as file:
+            order: np.ndarray = file.get_tensor("tokens")
+    except (OSError, SafetensorError) as error:
+        refuse(f"{weights}: expected a decoder's weights: {error}; make them again with python -m distill.export")
+    return order
 
 
 def find_student(model: str) -> Path:

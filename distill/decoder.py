@@ -8,12 +8,13 @@ about forty nodes, so nothing of it happens in Python:
     token ─> row of the embedding, input projection multiplied in (int8, V x H)
           ─> L x [x + cell(LayerNorm(x))], W_ih and W_hh side by side in one product (int8)
           ─> u, along r axes and along all d (see quantise.py)
-          ─> preview: all V tokens along r axes (int4) ─> the 32 blocks of 16 tokens with the highest one
-          ─> exact: those 512 tokens along all d axes (int8)
+          ─> preview: all V tokens along r axes (int4) ─> the 64 blocks of 16 tokens with the highest one
+          ─> exact: those 1,024 tokens along all d axes (int8)
 
 Products are onnxruntime's MatMulNBits with int8 arithmetic, which read weights at memory speed. Blocks of tokens
-rather than single ones, because the 32 largest of V / 16 maxima are found twenty times faster than the 512
-largest of V, and lie together in memory.
+rather than single ones, because the 64 largest of V / 16 maxima are found much faster than the 1,024
+largest of V, and lie together in memory. So that a block's other tokens are worth their refining, those of one block
+are alike (`alike_together`): preview and head have the tokens in that order, which is stored as `tokens`.
 
 A GRU's n takes W_n x and U_n h apart, each beside zeros, so that its product is as large as an LSTM's.
 
@@ -35,12 +36,12 @@ from distill.checkpoint import write_atomically
 from distill.config import UserError
 from distill.decode import after
 from distill.graph import Graph
-from distill.quantise import BLOCK, own_text, quantise_blocks, quantise_rows, two_step_head
+from distill.quantise import BLOCK, alike_together, own_text, quantise_blocks, quantise_rows, two_step_head
 from distill.student import STATE_NAMES, LSTMForCausalLM
 
 TOKENS = 16  # of a block
-BLOCKS = 32  # refined at each step
-AXES, AXES_BITS = 128, 4
+BLOCKS = 64  # refined at each step
+AXES, AXES_BITS = 128, 4  # of the preview
 
 
 def check_onnx(config: PreTrainedConfig) -> None:
@@ -105,8 +106,10 @@ def quantised_weights(student: LSTMForCausalLM, hidden_Nd: Tensor) -> dict[str, 
     out_KH = turn_Kd @ state["model.output_projection.weight"]
     shift_K = shift_K + turn_Kd @ state["model.output_projection.bias"] + out_KH @ state["model.norm.bias"]
     product("out", out_KH * state["model.norm.weight"], shift_K)
-    tokens_W = torch.arange(-(-V // TOKENS) * TOKENS).clamp_max(V - 1)  # the last one again, to fill its block
     bias_V = state.get("lm_head.bias", torch.zeros(V, dtype=torch.float64))
+    tokens_V = alike_together(exact._replace(bias_V=exact.bias_V + bias_V), hidden_Nd, TOKENS)
+    weights["tokens"] = tokens_V.int()
+    tokens_W = tokens_V[torch.arange(-(-V // TOKENS) * TOKENS).clamp_max(V - 1)]  # the last fills its block
     product("preview", preview.weight_Vr[tokens_W], (preview.bias_V + bias_V)[tokens_W], AXES_BITS)
     numbers_Wd, scale_W1 = quantise_rows(exact.weight_Vr[tokens_W])
     weights["head"] = numbers_Wd.view(-1, TOKENS * d)
@@ -201,6 +204,5 @@ def write_decoder(student: LSTMForCausalLM, folder: Path) -> Path:
     outputs = step_graph(graph, config)
     state = ("FLOAT", (config.num_layers, "B", config.hidden_size))
     inputs = {"token_1B": ("INT64", (1, "B")), **dict.fromkeys(STATE_NAMES[config.cell], state)}
-    metadata = {"vocab_size": str(config.vocab_size)}
-    graph.save(folder / "decoder.onnx", inputs, outputs, [folder / "model.safetensors"], metadata)
+    graph.save(folder / "decoder.onnx", inputs, outputs, [folder / "model.safetensors"])
     return folder / "decoder.onnx"

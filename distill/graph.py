@@ -81,7 +81,6 @@ class Graph:
         inputs: Mapping[str, tuple[str, Shape]],
         outputs: Mapping[str, tuple[str, str, Shape]],
         sources: Sequence[Path] = (),
-        metadata: Mapping[str, str] | None = None,
     ) -> None:
         """Write the file. `inputs`: name to (type, shape); `outputs`: name to (value, type, shape).
 
@@ -103,7 +102,7 @@ class Graph:
         opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="potstill")
         digests = {file.name: sha256(file) for file in (self._file, *sources)}
-        helper.set_model_props(model, {**(metadata or {}), **digests})
+        helper.set_model_props(model, digests)
         write_atomically(path, lambda target: target.write_bytes(model.SerializeToString()), "MODEL")
 
 

@@ -17,6 +17,9 @@ the others. A row added to all of W changes no probability, so W is centred firs
 has variance |P S_rest,v|^2 in the logit of token v, and E[exp(logit)] is met by adding half of it (a log-normal's
 mean), so that the tail's probability comes out right on average.
 
+What is refined comes in blocks of tokens that lie together, so tokens that are likely in the same places should:
+`alike_together` puts next to each other those whose logits have nearly the same mean and move alike.
+
 Legend: V tokens, d head's width, r axes of the preview, N rows of a matrix, K columns.
 """
 
@@ -106,3 +109,28 @@ def two_step_head(weight_Vd: Tensor, z_Nd: Tensor, axes: int) -> tuple[Head, Hea
         return Head(weight_Vr, weight_Vd @ mean_d + left_out_V / 2, turn_rd, -turn_rd @ mean_d)
 
     return head(axes), head(d)
+
+
+def alike_together(head: Head, z_Nd: Tensor, size: int) -> Tensor:
+    """All tokens in an order in which every `size` that follow each other have similar logits at all z.
+
+    Halves of halves, each cut across its longest axis. Only the last block may be short.
+    """
+    u_Nr = z_Nd.double() @ head.turn_rd.T + head.shift_r
+    root_rr = torch.linalg.qr(u_Nr / len(u_Nr) ** 0.5)[1].T  # root @ root.T is the covariance
+    logits_VD = torch.cat([head.weight_Vr @ root_rr, head.bias_V[:, None]], dim=1).float()
+    generator = torch.Generator().manual_seed(0)
+
+    def in_order(tokens_N: Tensor) -> list[Tensor]:
+        if len(tokens_N) <= size:
+            return [tokens_N]
+        rows_ND = logits_VD[tokens_N]
+        rows_ND = rows_ND - rows_ND.mean(0)
+        axis_D = torch.randn(rows_ND.shape[1], generator=generator)
+        for _ in range(8):  # power iterations: nearly the longest axis serves as well
+            axis_D = F.normalize(rows_ND.T @ (rows_ND @ axis_D), dim=0)
+        tokens_N = tokens_N[(rows_ND @ axis_D).argsort(stable=True)]
+        half = -(-len(tokens_N) // size) // 2 * size
+        return in_order(tokens_N[:half]) + in_order(tokens_N[half:])
+
+    return torch.cat(in_order(torch.arange(len(logits_VD))))

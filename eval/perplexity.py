@@ -94,7 +94,7 @@ def scored_by_decoder(decoder: Decoder, documents: Documents, reference: Referen
         lanes = decoder.lanes(1)
         for token in tokens[:-1].tolist():
             lanes.read([token])
-            logits.append(torch.from_numpy(lanes.logits(0).copy()))
+            logits.append(torch.from_numpy(lanes.logits(0)))
             if len(logits) == ROWS_PER_HEAD_CALL or start + len(logits) == len(labels_M):
                 index_N = torch.arange(start, start + len(logits))
                 log_q_NV = torch.stack(logits).log_softmax(-1)

@@ -181,7 +181,7 @@ class DecoderSession:
             raise Unavailable(str(error)) from None
         self.vocab_size = self.decoder.vocab_size
         sizes = {name: value.nbytes for name, value in load_file(folder / "decoder.safetensors").items()}
-        rows = sum(size for name, size in sizes.items() if name.split(".")[0] in ("embedding", "head"))
+        rows = sum(size for name, size in sizes.items() if name.split(".")[0] in ("embedding", "tokens", "head"))
         self.disk_bytes = self.weight_bytes = sum(sizes.values())
         self.read_bytes = self.weight_bytes - rows  # a step reads a few of their rows only
         self.greedy = Sampler(temperature=0)

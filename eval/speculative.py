@@ -9,10 +9,10 @@ speed and nothing else. Reading n + 1 tokens costs a CPU little more than readin
 (Leviathan, Kalman and Matias, ICML 2023, arXiv 2211.17192), if they lie as a product of a few rows wants them
 (`packed`: else two tokens can take twice as long as one).
 
-A draft is a chain of the likeliest tokens or a tree: starting from nothing, the continuation to which the student
-gives the highest probability of all that are open is added, n times. A sure student makes a long chain of it, an
-unsure one a bush (as in SpecInfer, arXiv 2305.09781, and EAGLE-2, arXiv 2406.16858). The teacher reads a tree under
-a mask in which a token sees its ancestors alone.
+A draft is a chain of the likeliest tokens or a tree: starting from nothing, the continuation that is most probable of
+all that are open is added, n times. A sure student makes a long chain of it, an unsure one a bush (as in SpecInfer,
+arXiv 2305.09781, and EAGLE-2, arXiv 2406.16858). The teacher reads a tree under a mask in which a token sees its
+ancestors alone. Probabilities are the student's, mixed with what the text itself has said before (eval/repeats.py).
 
 The student is run by its quantised decoder on one thread (its spinning pool would take the teacher's cores) or,
 with `--runtime torch`, by its own forward. Its state is a few kilobytes, so each branch keeps its own.
@@ -26,9 +26,10 @@ from __future__ import annotations
 import argparse
 import copy
 import heapq
+import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -45,8 +46,9 @@ from distill.sampling import Sampler
 from distill.session import available_cores
 from distill.teacher import LanguageModel, load_language_model
 from distill.torch_decoder import TorchDecoder
+from eval.repeats import Repeats
 
-CHAINS, TREES, WIDTH = (1, 2, 4), (4, 8, 12, 16), 8
+CHAINS, TREES, WIDTH = (1, 2, 4), (4, 8, 12), 8
 PROMPTS = (
     "The history of the city begins in",
     "In 1969, the first",
@@ -81,8 +83,11 @@ class Count:
 class Draft:
     """A tree of tokens that may follow the last one written, which is its node 0."""
 
-    def __init__(self, lanes: Any, last: int, size: int, width: int) -> None:
-        """Let the student in `lanes` read the last token, and add `size` nodes of at most `width` children each."""
+    def __init__(self, lanes: Any, last: int, size: int, width: int, repeats: Repeats) -> None:
+        """Let the student in `lanes` read the last token, and add `size` nodes of at most `width` children each.
+
+        `repeats` has read the text up to the last token.
+        """
         self.tokens, self.parents, self.lanes = [last], [-1], lanes
         lanes.read([last])
         self.states = [lanes.state()]
@@ -90,8 +95,9 @@ class Draft:
         open_ends: list[tuple[float, int, int]] = []  # negative log-probability, parent, token
 
         def branch(node: int, cost: float) -> None:
-            for token, log_probability in _likeliest(lanes.logits(0), width):
-                heapq.heappush(open_ends, (cost - log_probability, node, token))
+            drafted = [self.tokens[earlier] for earlier in self.path_to(node)[1:]]
+            for token, probability in _likeliest(lanes.logits(0), repeats.after(drafted), width):
+                heapq.heappush(open_ends, (cost - math.log(probability), node, token))
 
         if size:
             branch(0, 0.0)
@@ -140,24 +146,36 @@ class Draft:
         return {**inputs, "attention_mask": mask_11TS.to(like.device), "position_ids": places_1T.to(like.device)}
 
 
-def _likeliest(logits_V: np.ndarray, width: int) -> list[tuple[int, float]]:
-    """The `width` likeliest tokens with their log-probabilities."""
-    highest = logits_V.max()
-    total = float(highest + np.log(np.exp(logits_V - highest).sum()))
-    tokens = [int(logits_V.argmax())] if width == 1 else np.argpartition(logits_V, -width)[-width:].tolist()
-    return [(token, float(logits_V[token]) - total) for token in tokens]
+def _likeliest(logits_V: np.ndarray, repeated: Mapping[int, float], width: int) -> list[tuple[int, float]]:
+    """The `width` likeliest tokens with their probabilities: those `repeated`, and for the rest the student's."""
+    probs_V = np.exp(logits_V - logits_V.max())
+    probs_V *= (1 - sum(repeated.values())) / probs_V.sum()
+    for token, probability in repeated.items():
+        probs_V[token] += probability
+    tokens = [int(probs_V.argmax())] if width == 1 else np.argpartition(probs_V, -width)[-width:].tolist()
+    return [(token, float(probs_V[token])) for token in tokens if probs_V[token] > 0]
 
 
 @torch.inference_mode()
 def speculate(
-    teacher: Any, drafter: Any, prompt: Sequence[int], new_tokens: int, size: int, sampler: Sampler, width: int = 1
+    teacher: Any,
+    drafter: Any,
+    prompt: Sequence[int],
+    new_tokens: int,
+    size: int,
+    sampler: Sampler,
+    width: int = 1,
+    *,
+    student_alone: bool = False,
 ) -> tuple[list[int], Count]:
     """`new_tokens` tokens of the teacher after a prompt of ids, drafted `size` at a time (0: none are).
 
     `teacher` is a causal model of transformers, `drafter` a Decoder or TorchDecoder, `sampler` what chooses from the
     teacher's logits, `width` the number of continuations considered of each token: 1 drafts chains, more trees.
+    `student_alone`: the text's own repetitions are not drafted.
     """
     cache, lanes, count = DynamicCache(config=teacher.config), drafter.lanes(1), Count()
+    repeats = Repeats(() if student_alone else prompt)
     like = next(teacher.parameters())
     *before, last = prompt  # the last token written is read at the beginning of the next round
     if before:
@@ -166,7 +184,7 @@ def speculate(
         lanes.read([token])
     written: list[int] = []
     while len(written) < new_tokens:
-        draft = Draft(lanes, last, min(size, new_tokens - len(written) - 1), width)
+        draft = Draft(lanes, last, min(size, new_tokens - len(written) - 1), width, repeats)
         seen = cache.get_seq_length()
         logits_TV = teacher(**draft.inputs(seen, like), past_key_values=cache).logits[0, :, : drafter.vocab_size]
         logits_TV = logits_TV.float().cpu().numpy()
@@ -177,7 +195,10 @@ def speculate(
         path = draft.path_to(node)
         _keep(cache, seen, path)
         draft.go_to(node)
-        written += [*(draft.tokens[kept] for kept in path[1:]), last]
+        new = [*(draft.tokens[kept] for kept in path[1:]), last]
+        written += new
+        if not student_alone:
+            repeats.read(new)
         count += Count(1, len(draft.tokens) - 1, len(path) - 1)
     return written, count
 
@@ -255,12 +276,14 @@ def measure(
 
     reader = packed(teacher.model)
 
-    def drafted(size: int, width: int) -> Callable[[Sequence[int], int], tuple[list[int], Count]]:
-        return lambda prompt, tokens: speculate(reader, drafter, prompt, tokens, size, Sampler(0), width)
+    def drafted(size: int, width: int, **options: bool) -> Callable[[Sequence[int], int], tuple[list[int], Count]]:
+        return lambda prompt, tokens: speculate(reader, drafter, prompt, tokens, size, Sampler(0), width, **options)
 
     ways["teacher alone, this loop"] = drafted(0, 1)
     ways |= {f"chains of {size}": drafted(size, 1) for size in chains}
-    ways |= {f"trees of {size}": drafted(size, WIDTH) for size in trees}
+    for size in trees:
+        ways[f"trees of {size}, student alone"] = drafted(size, WIDTH, student_alone=True)
+        ways[f"trees of {size}"] = drafted(size, WIDTH)
     if isinstance(drafter, TorchDecoder):
         options = {"assistant_model": drafter.student}
         ways["generate(assistant_model)"] = lambda prompt, tokens: (

@@ -83,7 +83,7 @@ def test_bench_cache_reports_sizes_speed_and_fidelity(world: World, tmp_path: Pa
 def test_bench_scaling_by_hand(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Medians of what is measured, and two processes for real."""
+    """Medians of what each repetition says, and two processes for real."""
     (tmp_path / "runs" / "bench").mkdir(parents=True)
     (tmp_path / "runs" / "bench" / "streaming.json").write_text('{"rss_growth_2gb": 0.05}', encoding="utf-8")
     speeds = {"one": [100.0, 90.0, 300.0], "two": [180.0, 60.0, 170.0], "apart": [190.0, 190.0, 190.0]}
@@ -98,9 +98,10 @@ def test_bench_scaling_by_hand(
     assert scaling.main(["--recipe", str(world.recipe)]) == 0
     result = last_line(capsys.readouterr().out)
     assert result["rss_growth_2gb"] == 0.05
-    assert result["train_efficiency_2"] == pytest.approx(170 / 200)
-    assert result["cache_efficiency_2"] == pytest.approx(1.1 * 170 / 200)
+    assert result["train_efficiency_2"] == pytest.approx(60 / 180)
+    assert result["cache_efficiency_2"] == pytest.approx(1.1 * 60 / 180)
     assert result["train_efficiency_apart"] == pytest.approx(190 / 200)
+    assert result["train_efficiency_of_apart"] == pytest.approx(170 / 190)
 
     options = SimpleNamespace(recipe=str(world.recipe), overrides=[], steps=2, tokens=640)
     found = real("two", options, tmp_path / "work")  # type: ignore[arg-type]

@@ -27,12 +27,12 @@ from distill.config import UserError
 from distill.decode import Decoder, stream
 from distill.decoder import TOKENS, quantised_weights
 from distill.export import main, verify
-from distill.quantise import own_text, quantise_blocks, quantise_rows, restore_blocks, two_step_head
+from distill.quantise import alike_together, own_text, quantise_blocks, quantise_rows, restore_blocks, two_step_head
 from distill.sampling import Sampler
 from distill.student import LSTMForCausalLM
 from distill.torch_decoder import TorchDecoder, load_student
 
-V = 1000  # several times what one step refines, and no multiple of a block
+V = 2500  # more than one step refines, and no multiple of a block
 
 
 def spread_student(**fields) -> LSTMForCausalLM:
@@ -86,6 +86,20 @@ def test_two_step_head_is_the_head():
     torch.testing.assert_close(error, left_out, rtol=1e-2, atol=0)  # but for the ridge of 1e-4
 
 
+def test_tokens_of_a_block_are_alike():
+    """Families of tokens with nearly one row are found again, whatever order they came in."""
+    family_V = torch.arange(64).repeat_interleave(4)[torch.randperm(256)][:254]
+    weight_Vd = torch.randn(64, 12)[family_V] + 0.01 * torch.randn(254, 12)
+    z_Nd = torch.randn(400, 12) * torch.arange(1, 13)
+    _, exact = two_step_head(weight_Vd, z_Nd, axes=5)
+    order_V = alike_together(exact, z_Nd, size=4)
+    assert torch.equal(order_V.sort().values, torch.arange(254))
+    blocks = family_V[order_V][:252].view(-1, 4)
+    assert (blocks == blocks[:, :1]).all(1).float().mean() > 0.5  # a cut may go through a family
+    by_chance = family_V[:252].view(-1, 4)
+    assert (by_chance == by_chance[:, :1]).all(1).float().mean() < 0.1
+
+
 # ---------------------------------------------------------------- the graph
 
 
@@ -132,7 +146,7 @@ def test_a_step_is_its_definition(folder, sequences):
             (lanes.states[lanes.turn][1], c_LBH),
             (lanes.preview_BW, preview_BW),
         ):
-            assert (torch.from_numpy(found) - expected).abs().max() < 0.05 * expected.abs().max()
+            assert (torch.from_numpy(found) - expected).abs().max() < 0.08 * expected.abs().max()
         highest_Bn = preview_BW.unflatten(1, (-1, TOKENS)).amax(2)
         for b in range(sequences):
             blocks = torch.from_numpy(lanes.block_Bn[b])
@@ -142,11 +156,13 @@ def test_a_step_is_its_definition(folder, sequences):
             assert highest_Bn[b, blocks].min() >= highest_Bn[b, others].max() - slack
             refined_nk = exact_BW[b].unflatten(0, (-1, TOKENS))[blocks]
             assert (torch.from_numpy(lanes.exact_Bnk[b]) - refined_nk).abs().max() < 0.05 * exact_BW.abs().max()
-            tokens = blocks[:, None] * TOKENS + torch.arange(TOKENS)
-            assert lanes.choose(b, Sampler(0)) == min(V - 1, int(tokens.flatten()[lanes.exact_Bnk[b].argmax()]))
+            places_nk = blocks[:, None] * TOKENS + torch.arange(TOKENS)
+            ids_nk = weights["tokens"][places_nk.clamp_max(V - 1)].numpy()
+            assert lanes.choose(b, Sampler(0)) == ids_nk.flatten()[lanes.exact_Bnk[b].argmax()]
             logits_V = lanes.logits(b)
-            kept = tokens < V
-            assert np.array_equal(logits_V[tokens[kept]], lanes.exact_Bnk[b][kept])
+            assert np.array_equal(logits_V[ids_nk], lanes.exact_Bnk[b])
+            sampler = Sampler(1, top_k=1)  # draws, but has no choice
+            assert lanes.choose(b, sampler) == logits_V.argmax()
         h_LBH, c_LBH = (torch.from_numpy(part.copy()) for part in lanes.states[lanes.turn])
 
 

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaForCausalLM
 from benchmarks.tiny import WORDS, save_tokenizer
 from distill.sampling import Sampler
 from distill.torch_decoder import TorchDecoder
+from eval.repeats import TRUST, Repeats
 from eval.speculative import Draft, PackedLinear, packed, speculate, teacher_alone
 
 V = 64
@@ -101,7 +102,7 @@ def test_a_draft_is_the_likeliest_subtree(size, width):
     """Against all continuations of up to `size` tokens, sorted by probability: the tree has the first ones."""
     lanes = Reader()
     lanes.read([3])
-    draft = Draft(lanes, 9, size, width)
+    draft = Draft(lanes, 9, size, width, Repeats())
     costs = {}
     for node in range(1, size + 1):
         path, cost = draft.path_to(node), 0.0
@@ -120,10 +121,46 @@ def test_a_draft_is_the_likeliest_subtree(size, width):
     np.testing.assert_allclose(sorted(costs.values()), sorted(every)[:size], rtol=1e-5)
 
 
+def test_repeats_are_what_followed_the_longest_end_seen_before():
+    text = torch.randint(0, 3, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    repeats = Repeats(text[:10])
+    repeats.read(text[10:])
+    lengths = set()
+    for drafted in ([], [0], [1, 2], [2, 2, 2, 2, 2], [7]):
+        end, expected = [*text, *drafted], {}
+        for length in (4, 3, 2, 1):
+            places = [i for i in range(len(text) - length) if text[i : i + length] == end[-length:]]
+            if places:
+                followers = [text[i + length] for i in places]
+                expected = {t: TRUST[length - 1] * followers.count(t) / len(followers) for t in followers}
+                lengths.add(length)
+                break
+        assert repeats.after(drafted) == pytest.approx(expected)
+    assert len(lengths) > 1 and repeats.after([7]) == {} == Repeats().after()
+
+
+def test_a_draft_says_again_what_the_text_said():
+    """The text's own probability is mixed with the student's, token by token."""
+    text = [30, 31, 32, 33, 34, 30, 31, 32]
+    lanes = Reader()
+    for token in text[:-1]:
+        lanes.read([token])
+    chain = Draft(lanes, text[-1], 3, 1, Repeats(text))
+    assert chain.tokens == [32, 33, 34, 30]
+    lanes = Reader()
+    for token in text[:-1]:
+        lanes.read([token])
+    tree = Draft(lanes, text[-1], 24, 4, Repeats(text))
+    own = 7 * sum(text) % V
+    assert tree.tokens[1] == 33 and own in tree.children[0], "half of the 0.2 that are left"
+    nodes = {tuple(tree.tokens[step] for step in tree.path_to(node)[1:]) for node in range(1, 25)}
+    assert {(33,), (33, 34), (33, 34, 30)} <= nodes
+
+
 def test_a_tree_is_read_as_its_branches_are(teacher):
     lanes = Reader()
     before = [5, 6, 7]
-    draft = Draft(lanes, 9, 10, 4)
+    draft = Draft(lanes, 9, 10, 4, Repeats())
     assert max(len(children) for children in draft.children) > 1
     cache = DynamicCache(config=teacher.config)
     teacher(torch.tensor([before]), past_key_values=cache)
