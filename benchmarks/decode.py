@@ -37,6 +37,7 @@ from distill.command import guarded
 from distill.config import TeacherConfig, UserError
 from distill.corpus import load_corpus, separator_id
 from distill.decode import Decoder, find_student, load_decoder
+from distill.decoder import TOKENS
 from distill.job import select_documents
 from distill.metrics import Documents
 from distill.recipe import load_recipe
@@ -56,7 +57,7 @@ def quality(student: LSTMForCausalLM, decoder: Decoder, folder: Path, documents:
     """`greedy_top1_miss`, `sampling_loss_increase` and `head_kl_nats` over all documents."""
     weights = load_file(folder / "decoder.safetensors")
     scale_W, bias_W = weights["head.scale"].flatten(), weights["head.bias"].flatten()
-    head_Wd = weights["head"].view(len(scale_W), -1).float()
+    head_Wd = weights["head"].unflatten(1, (-1, TOKENS)).mT.flatten(0, 1).float()
     greedy = Sampler(0)
     misses, targets, divergence = 0, 0, 0.0
     loss = {"decoder": 0.0, "student": 0.0}

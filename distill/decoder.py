@@ -112,7 +112,7 @@ def quantised_weights(student: LSTMForCausalLM, hidden_Nd: Tensor) -> dict[str, 
     tokens_W = tokens_V[torch.arange(-(-V // TOKENS) * TOKENS).clamp_max(V - 1)]  # the last fills its block
     product("preview", preview.weight_Vr[tokens_W], (preview.bias_V + bias_V)[tokens_W], AXES_BITS)
     numbers_Wd, scale_W1 = quantise_rows(exact.weight_Vr[tokens_W])
-    weights["head"] = numbers_Wd.view(-1, TOKENS * d)
+    weights["head"] = numbers_Wd.view(-1, TOKENS, d).mT.flatten(1)  # d x k: onnxruntime pads k as columns least
     weights["head.scale"] = scale_W1.view(-1, TOKENS)
     weights["head.bias"] = (exact.bias_V + bias_V)[tokens_W].float().view(-1, TOKENS)
     return {name: value.contiguous() for name, value in weights.items()}
@@ -175,8 +175,8 @@ def step_graph(graph: Graph, config: PreTrainedConfig) -> dict[str, tuple[str, s
     _, block_Bn = graph.nodes("TopK", highest_Bn, graph.constant([chosen]), results=2, sorted=0)
 
     whole, scale, zero = graph.nodes("DynamicQuantizeLinear", u_Bd, results=3)
-    rows_BNd = reshaped(gathered("head", block_Bn), -1, chosen * TOKENS, d)
-    sums = graph.node("MatMulInteger", rows_BNd, reshaped(whole, -1, d, 1), "", zero)
+    head_Bndk = reshaped(gathered("head", block_Bn), -1, chosen, d, TOKENS)
+    sums = graph.node("MatMulInteger", reshaped(whole, -1, 1, 1, d), head_Bndk, zero)
     sums_Bnk = graph.node("Mul", as_float(reshaped(sums, -1, chosen, TOKENS)), scale)
     exact_Bnk = graph.node(
         "Add", graph.node("Mul", sums_Bnk, gathered("head.scale", block_Bn)), gathered("head.bias", block_Bn)

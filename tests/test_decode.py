@@ -125,7 +125,7 @@ def oracle_step(student, weights, tokens_B, h_LBH, c_LBH):
     u_BK = product("out", normed(x_BH), H)
     preview_BW = product("preview", u_BK[:, :axes], axes)
     scale_W, bias_W = weights["head.scale"].flatten(), weights["head.bias"].flatten()
-    head_Wd = weights["head"].view(-1, student.config.embedding_size).float() * scale_W[:, None]
+    head_Wd = weights["head"].unflatten(1, (-1, TOKENS)).mT.flatten(0, 1).float() * scale_W[:, None]
     return torch.stack(h_next), torch.stack(c_next), preview_BW, u_BK[:, axes:] @ head_Wd.T + bias_W
 
 
