@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +26,33 @@ WAYS = {
     "temperature 0.8, top-k 50": Sampler(0.8, top_k=50, seed=0),
     "temperature 0.8, top-p 0.95": Sampler(0.8, top_p=0.95, seed=0),
 }
-TOKENS, REPEATS, LATE = 1000, 5, 32_000
+TOKENS, REPEATS = 1000, 5
+EARLY, LATE, TURN, TURNS = 100, 32_000, 250, 4
 
 
 def microseconds(decoder: Decoder, prompt: Sequence[int], tokens: int, sampler: Sampler) -> np.ndarray:
     """Time between one token and the next, choosing included."""
     marks = [time.perf_counter() for _ in stream(decoder, [prompt], tokens + 1, sampler)]
     return np.diff(marks) * 1e6
+
+
+def early_and_late(decoder: Decoder, prompt: Sequence[int]) -> dict[str, float]:
+    """Median time of a token at the beginning of a text and far into one, in turns, so that noise meets both alike."""
+
+    def begin(before: int) -> Iterator[object]:
+        text = stream(decoder, [prompt], before + TURN * TURNS, Sampler(0))
+        deque(islice(text, before), maxlen=0)
+        return text
+
+    far, found = begin(LATE), defaultdict(list)
+    for _ in range(TURNS):
+        for name, text in (("early_us", begin(EARLY)), ("late_us", far)):
+            began = time.perf_counter()
+            for _ in islice(text, TURN):
+                now = time.perf_counter()
+                found[name].append((now - began) * 1e6)
+                began = now
+    return {name: float(np.median(times)) for name, times in found.items()}
 
 
 def resident_mib() -> float:
@@ -53,18 +75,9 @@ def main() -> None:
             "latency_us_p50": float(np.median([np.percentile(run, 50) for run in runs])),
             "latency_us_p99": float(np.median([np.percentile(run, 99) for run in runs])),
         }
-    long = microseconds(decoder, prompt, LATE + 1000, Sampler(0))
+    times = early_and_late(decoder, prompt)
     assert not {"torch", "transformers"} & set(sys.modules)
-    print(
-        json.dumps(
-            {
-                "rows": rows,
-                "early_us": float(np.median(long[100:1100])),
-                "late_us": float(np.median(long[LATE:])),
-                "resident_mib": resident_mib(),
-            }
-        )
-    )
+    print(json.dumps({"rows": rows, **times, "resident_mib": resident_mib()}))
 
 
 if __name__ == "__main__":
