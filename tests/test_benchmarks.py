@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from conftest import World, run_command
 from test_student import make_student
 
-from benchmarks import ablation, methods, quality, runtimes, scaling, train
+from benchmarks import ablation, decode_stream, methods, quality, runtimes, scaling, train
 from benchmarks.runs import run_tool
 from distill.config import UserError
 from distill.quantise import two_step_head
@@ -270,3 +273,18 @@ def test_bench_streaming_reads_texts_and_caches(tmp_path: Path) -> None:
     assert result["rss_growth_2gb"] is None, "so little text says nothing about so much"
     assert result["caches"][0]["shards"] == 20 and result["caches"][0]["read_seconds"] > 0
     assert (tmp_path / "runs/bench/streaming.png").is_file()
+
+
+def test_late_tokens_are_timed_beside_early_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A decoder with a planted sleep that is longer from token 20 on."""
+
+    def slow(decoder: object, prompts: object, new_tokens: int, sampler: object) -> Iterator[list[int]]:
+        for number in range(new_tokens):
+            time.sleep(0.002 if number < 20 else 0.008)
+            yield [number]
+
+    for name, value in {"stream": slow, "EARLY": 3, "LATE": 20, "TURN": 5, "TURNS": 2}.items():
+        monkeypatch.setattr(decode_stream, name, value)
+    unused: Any = None
+    found = decode_stream.early_and_late(unused, [0])
+    assert 2000 <= found["early_us"] < 5000 and 8000 <= found["late_us"] < 20000
