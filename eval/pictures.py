@@ -35,15 +35,16 @@ def _frontier(report: Figures) -> Figure:
         [p[speed] for p in best], [p[quality] for p in best],
         where="pre", color="#9aa4ae", linewidth=1, linestyle=":",
     )  # fmt: skip
+    fastest = {point["model"]: point for point in best}
     for point in points:
         x, y = point[speed], point[quality]
         axis.scatter(
             x, y, s=70, color=COLOURS[point["role"]], alpha=0.3 if point["dominated"] else 1, linewidths=0,
             marker=MARKS[runtimes.index(point["runtime"]) % len(MARKS)],
         )  # fmt: skip
-        if not point["dominated"]:
+        of_runtime = point["role"] == "teacher" and report["kind"] != "classifiers"
+        if not point["dominated"] and (of_runtime or point is fastest[point["model"]]):
             # Up and to the right of a point of the frontier, nothing else can be.
-            of_runtime = point["role"] == "teacher" and report["kind"] != "classifiers"
             name = point["runtime"] if of_runtime else _short(point["model"], report)
             axis.annotate(name, (x, y), xytext=(5, 5), textcoords="offset points", fontsize=8)
     handles = [
