@@ -8,11 +8,11 @@ about forty nodes, so nothing of it happens in Python:
     token ─> row of the embedding, input projection multiplied in (int8, V x H)
           ─> L x [x + cell(LayerNorm(x))], W_ih and W_hh side by side in one product (int8)
           ─> u, along r axes and along all d (see quantise.py)
-          ─> preview: all V tokens along r axes (int4) ─> the 64 blocks of 16 tokens with the highest one
-          ─> exact: those 1,024 tokens along all d axes (int8)
+          ─> preview: all V tokens along r axes (int4) ─> the 80 blocks of 16 tokens with the highest one
+          ─> exact: those 1,280 tokens along all d axes (int8)
 
 Products are onnxruntime's MatMulNBits with int8 arithmetic, which read weights at memory speed. Blocks of tokens
-rather than single ones, because the 64 largest of V / 16 maxima are found much faster than the 1,024
+rather than single ones, because the 80 largest of V / 16 maxima are found much faster than the 1,280
 largest of V, and lie together in memory. So that a block's other tokens are worth their refining, those of one block
 are alike (`alike_together`): preview and head have the tokens in that order, which is stored as `tokens`.
 
@@ -40,7 +40,7 @@ from distill.quantise import BLOCK, alike_together, own_text, quantise_blocks, q
 from distill.student import STATE_NAMES, LSTMForCausalLM
 
 TOKENS = 16  # of a block
-BLOCKS = 64  # refined at each step
+BLOCKS = 80  # refined at each step
 AXES, AXES_BITS = 128, 4  # of the preview
 
 
