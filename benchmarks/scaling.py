@@ -6,7 +6,8 @@ Every process has one thread and as much work as any other: the same lanes of a 
 cache. Efficiency is tokens a second of two processes over twice those of one. What the machine itself takes away, its
 memory, caches and clock being shared, is seen from two processes that know nothing of each other (`apart`), begun
 together: `..._of_apart` is what two processes reach of them, and so what working together costs. Processes that train
-together take each step together, so of those apart the slower one counts twice there; a cache is built at each one's own speed.
+together take each step together, so of those apart the slower one counts twice there; a cache is built at each one's
+own speed.
 Teacher, text and student are the quickstart's; the stage trained is forward KL to cached hidden states over the
 recipe's candidates, all collectives of a step included. A cache is timed from an empty folder to the checked manifest.
 Ways take turns, and each repetition is compared within itself; the medians of these ratios are given. A cache has two
