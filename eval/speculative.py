@@ -175,7 +175,7 @@ def speculate(
     `student_alone`: the text's own repetitions are not drafted.
     """
     cache, lanes, count = DynamicCache(config=teacher.config), drafter.lanes(1), Count()
-    repeats = Repeats(() if student_alone else prompt)
+    repeats, nothing = Repeats(prompt), Repeats()
     like = next(teacher.parameters())
     *before, last = prompt  # the last token written is read at the beginning of the next round
     if before:
@@ -184,7 +184,9 @@ def speculate(
         lanes.read([token])
     written: list[int] = []
     while len(written) < new_tokens:
-        draft = Draft(lanes, last, min(size, new_tokens - len(written) - 1), width, repeats)
+        draft = Draft(
+            lanes, last, min(size, new_tokens - len(written) - 1), width, nothing if student_alone else repeats
+        )
         seen = cache.get_seq_length()
         logits_TV = teacher(**draft.inputs(seen, like), past_key_values=cache).logits[0, :, : drafter.vocab_size]
         logits_TV = logits_TV.float().cpu().numpy()
@@ -197,8 +199,7 @@ def speculate(
         draft.go_to(node)
         new = [*(draft.tokens[kept] for kept in path[1:]), last]
         written += new
-        if not student_alone:
-            repeats.read(new)
+        repeats.read(new)
         count += Count(1, len(draft.tokens) - 1, len(path) - 1)
     return written, count
 
