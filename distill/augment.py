@@ -1,8 +1,9 @@
-"""More text for a teacher to label, made from texts by three rules (Tang et al. 2019, arXiv 1903.12136, section 3.3).
+"""More text for a teacher to judge, made from texts by three rules (Tang et al. 2019, arXiv 1903.12136, section 3.3).
 
 Each word of a copy is masked with probability `mask`, else replaced with probability `replace`; then, with probability
 `ngram`, all but a stretch of one to `longest_ngram` words is dropped. Such copies are hardly sentences; what matters is
-what the teacher makes of them, which labels they have not.
+what the teacher makes of them: the class of a text, or in a language model's copies each next token. Words that change
+in the text of an LSTM language model make it better even without a teacher (Xie et al. 2017, arXiv 1703.02573).
 
 Where Tang et al. replace a word by one of the same part of speech, here it is one of the same kind: its last two
 letters, its capitalisation, and the power of two of its frequency. That needs no tagger, keeps "-ed" with "-ed" and
@@ -11,6 +12,7 @@ names with names, and leaves the most frequent words, which are alone in their k
 
 from __future__ import annotations
 
+import re
 import string
 from collections import Counter
 from collections.abc import Iterable
@@ -39,21 +41,22 @@ class Augmenter:
     def copy(self, text: str, number: int, copy: int, most_words: int | None = None) -> str:
         """Copy `copy` of the text with this number, of its first words; the text itself where nothing would be left."""
         rng = np.random.default_rng([self.seed, number, copy])
-        words = text.split()[:most_words]
+        words = re.findall(r"\S+\s*", text)[:most_words]  # each with the white space behind it
         fates = rng.random(len(words))
         changed: list[str] = []
         for word, fate in zip(words, fates, strict=True):
+            bare = word.rstrip()
             if fate < self.config.mask:
-                changed += [self.mask] if self.mask is not None else []
+                changed += [self.mask + word[len(bare) :]] if self.mask is not None else []
             elif fate < self.config.mask + self.config.replace:
-                changed.append(self._another(word, rng))
+                changed.append(self._another(bare, rng) + word[len(bare) :])
             else:
                 changed.append(word)
         if changed and rng.random() < self.config.ngram:
             length = min(int(rng.integers(1, self.config.longest_ngram + 1)), len(changed))
             start = int(rng.integers(len(changed) - length + 1))
             changed = changed[start : start + length]
-        return " ".join(changed or words)
+        return "".join(changed or words).rstrip()
 
     def _another(self, word: str, rng: np.random.Generator) -> str:
         """Another word of the same kind, drawn by frequency, in the same punctuation; itself if it is alone."""

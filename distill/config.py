@@ -644,8 +644,11 @@ class FineTuningConfig(Section):
 
 
 class AugmentationConfig(Section):
-    """More text for the teacher to label, made from the training texts word by word (Tang et al. 2019, arXiv
-    1903.12136, section 3.3). Words stand between white space."""
+    """More text for the teacher to judge, made from the training texts word by word (Tang et al. 2019, arXiv
+    1903.12136, section 3.3). Words stand between white space. A language model's copies are whole documents beside
+    those of `corpus.source`, on the training side only, with targets like any text (which a cache holds as well); the
+    control does not read them. Their words are not what `cross_entropy` should learn: the teacher's divergences are
+    what they are for, with few `copies`, `mask: 0` and `ngram: 0`."""
 
     copies: Positive = 20
     """Changed copies of each text."""

@@ -52,6 +52,8 @@ def contradictions(recipe: Recipe) -> list[str]:
     if recipe.endpoint:
         problems += _against_endpoint(recipe, recipe.endpoint)
     problems += _against_writing(recipe)
+    if recipe.augmentation and recipe.classification is None:
+        problems += _against_augmentation(recipe)
     if recipe.other_teachers:
         problems += _against_other_teachers(recipe)
     if recipe.student.has_own_tokenizer:
@@ -112,7 +114,7 @@ def _against_stage(recipe: Recipe, stage: StageConfig, where: str) -> list[str]:
 
 def _not_for_language_models(recipe: Recipe) -> list[str]:
     """What needs a `classification` section."""
-    wanting = [name for name in ("fine_tuning", "augmentation") if getattr(recipe, name) is not None]
+    wanting = ["fine_tuning"] if recipe.fine_tuning is not None else []
     terms = ((f"stages.{n}.objective", stage.objective) for n, stage in enumerate(recipe.stages))
     wanting += [f"{where}: logit_mse" for where, objective in terms if "logit_mse" in objective]
     return [f"{what} is for classifiers; add a classification section or remove it" for what in wanting]
@@ -171,6 +173,18 @@ def _against_two_tokenizers(recipe: Recipe) -> list[str]:
         problems.append("other_teachers: expected none where the student has a tokenizer of its own")
     if recipe.writing:
         problems.append("writing: expected none where the student has a tokenizer of its own")
+    return problems
+
+
+def _against_augmentation(recipe: Recipe) -> list[str]:
+    """What changed copies of a language model's text cannot be made of, or would not be read by."""
+    problems = []
+    if not recipe.corpus.source:
+        problems.append("augmentation: there is no corpus.source to make copies of; name one, or remove it")
+    if recipe.corpus.streaming:
+        problems.append("corpus.streaming: changed copies are not added to a stream; set streaming: false")
+    if recipe.student.has_own_tokenizer:
+        problems.append("augmentation: expected none where the student has a tokenizer of its own")
     return problems
 
 

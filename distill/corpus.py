@@ -34,7 +34,7 @@ import os
 import platform
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -44,7 +44,8 @@ import numpy as np
 import torch
 
 from distill.arrays import GrowingArray
-from distill.config import CorpusConfig, UserError
+from distill.augment import Augmenter
+from distill.config import AugmentationConfig, CorpusConfig, UserError
 from distill.documents import Source, open_documents
 from distill.sealed import changed, checksums, read_sealed, seal
 
@@ -105,12 +106,14 @@ def load_corpus(
     tokenizer_hash: str | None = None,
     *,
     written: CorpusConfig | None = None,
+    augmentation: AugmentationConfig | None = None,
     progress: bool = True,
 ) -> Corpus:
     """Read, divide and tokenise a recipe's text, or find all that done in the cache.
 
-    `written`: more documents, which may be trained on alone. Those whose hash puts them on another side are left out,
-    so that a document of validation that somebody knows by heart does not come into training through them.
+    `written`: more documents, which may be trained on alone, and so are the changed copies that `augmentation` makes of
+    the training side. Those whose hash puts them on another side are left out, so that a document of validation that
+    somebody knows by heart does not come into training through them.
 
     Processes that do this at once do not disturb each other: the first to finish stores its files, the
     others take them. `tokenizer_hash` stands in for `hash_tokenizer(tokenizer)`.
@@ -118,7 +121,8 @@ def load_corpus(
     """
     separator = separator_id(tokenizer, config.separator)
     source = open_documents(config, progress=progress)
-    more = open_documents(written, progress=progress) if written else None
+    more = [open_documents(written, progress=progress)] if written else []
+    more += [_copies(augmentation, config)] if augmentation else []
     of_config = {"text_field", "documents", "max_documents", "validation_fraction", "test_fraction"}
     ingredients = {
         "format": FORMAT,
@@ -126,7 +130,8 @@ def load_corpus(
         "tokenizer": tokenizer_hash or hash_tokenizer(tokenizer),
         "separator_id": separator,
         **config.model_dump(include=of_config),
-        **({"written": more.digest} if more else {}),
+        **({"written": more[0].digest} if written else {}),
+        **({"augmentation": more[-1].digest} if augmentation else {}),
     }
     fingerprint = hashlib.sha256(json.dumps(ingredients, sort_keys=True).encode()).hexdigest()[:32]
     folder = cache_root(config.cache_dir) / "corpus" / fingerprint
@@ -229,7 +234,7 @@ def _build(
     folder: Path,
     config: CorpusConfig,
     source: Source,
-    more: Source | None,
+    more: Sequence[Source],
     tokenizer: Any,
     separator: int,
     progress: bool,
@@ -239,7 +244,7 @@ def _build(
     tokens = {side: GrowingArray(folder / f"{side}.npy", encoder.dtype) for side in SIDES}
     starts = {side: GrowingArray(folder / f"{side}.starts.npy", np.int64) for side in SIDES}
     measures = {side: GrowingArray(folder / f"{side}.documents.npy", np.int64, 2) for side in SIDES}
-    training = more.batches(progress=progress) if more else iter(())
+    training = itertools.chain.from_iterable(part.batches(progress=progress) for part in more)
     training = ([text for text in texts if side_of(text, config) == "train"] for texts in training)
     for texts in itertools.chain(source.batches(progress=progress), training):
         for text, tokens_N in zip(texts, encoder.encode(texts), strict=True):
@@ -259,6 +264,21 @@ def _build(
         logger.warning("corpus.separator: %d of these tokens inside documents were dropped", encoder.dropped)
     logger.info("%s: %d documents, %d blank ones skipped", config.source, source.found, source.skipped)
     return {"splits": splits, "skipped": source.skipped, "separators_dropped": encoder.dropped}
+
+
+def _copies(augmentation: AugmentationConfig, config: CorpusConfig) -> Source:
+    """Changed copies of the training side, the same for every run, so that they share a cache of targets."""
+
+    def texts() -> Iterator[str]:
+        return (text for text in open_documents(config, progress=False) if side_of(text, config) == "train")
+
+    def copies() -> Iterator[tuple[str, float]]:
+        augmenter = Augmenter(augmentation, texts(), mask=None, seed=0)
+        for done in range(augmentation.copies):
+            for number, text in enumerate(texts()):
+                yield augmenter.copy(text, number, done), done / augmentation.copies
+
+    return Source(json.dumps(augmentation.model_dump(), sort_keys=True), copies(), None)
 
 
 def _clear_leftovers(mine: Path) -> None:

@@ -97,9 +97,9 @@ class _Job:
                 )
             lanes, seed = recipe.run.batch_size, recipe.run.seed
             lane_order(len(parts.cached_blocks), lanes, epoch=0, seed=seed)  # UserError, before targets, if too short
-            if parts.written and recipe.control.enabled and isinstance(parts.text_without_written, Blocks):
+            if parts.has_more_text and recipe.control.enabled and isinstance(parts.text_of_source, Blocks):
                 # UserError where the control would have too little text
-                lane_order(len(parts.text_without_written), lanes, epoch=0, seed=seed)
+                lane_order(len(parts.text_of_source), lanes, epoch=0, seed=seed)
             network = make_student(recipe, teacher, corpus.separator_id)
         with timed(self.wall_seconds, "teacher_validation"):
             validator = Validator(recipe, parts, self.accelerator)
@@ -129,7 +129,7 @@ class _Job:
                 network = make_student(recipe, teacher, corpus.separator_id, control=True)
                 control = Training(
                     "control", stages=(control_stage(recipe, progress),), student=network,
-                    blocks=parts.text_without_written,
+                    blocks=parts.text_of_source,
                     validate_at_tokens=progress.now.tokens, **shared,
                 )  # fmt: skip
                 control_progress = control.run()
@@ -271,27 +271,33 @@ class TeacherAndText:
             accelerator=self.accelerator,
         )
 
-    @cached_property
-    def text_without_written(self) -> Blocks | BlockStream:
-        """What a training without a teacher may read: not what the teacher wrote, unless there is nothing else."""
+    @property
+    def has_more_text(self) -> bool:
+        """Whether what the teacher wrote, or changed copies, stand beside the corpus."""
         recipe = self.recipe
-        if self.written is None or not recipe.corpus.source:
+        return bool(recipe.corpus.source) and (recipe.writing is not None or recipe.augmentation is not None)
+
+    @cached_property
+    def text_of_source(self) -> Blocks | BlockStream:
+        """What a training without a teacher may read: what the corpus has, unless there is nothing but written text."""
+        recipe = self.recipe
+        if not self.has_more_text:
             return self.text
         corpus = recipe.corpus
         split = self._load(corpus).train
         return Blocks(split, corpus.block_length, recipe.teacher.context, corpus.reset_at_documents)
 
     def _corpus(self) -> Corpus:
-        """The text of the recipe, with what the teacher wrote."""
+        """The text of the recipe, with what the teacher wrote and with changed copies."""
         recipe, written = self.recipe, None
         if self.written is not None and recipe.corpus.source:
             written = CorpusConfig(source=str(self.written.folder), text_field=TEXT_FIELD)
-        return self._load(text_of(recipe), written)
+        return self._load(text_of(recipe), written=written, augmentation=recipe.augmentation)
 
-    def _load(self, config: CorpusConfig, written: CorpusConfig | None = None) -> Corpus:
+    def _load(self, config: CorpusConfig, **more: Any) -> Corpus:
         main = self.accelerator.is_main_process
         with self.accelerator.main_process_first():
-            return load_corpus(config, self.teacher.tokenizer, written=written, progress=main)
+            return load_corpus(config, self.teacher.tokenizer, **more, progress=main)
 
     def _trim_vocabulary(self, min_count: int) -> None:
         """Go on with a part of the vocabulary, in teacher and text; the whole ones are kept to be compared with."""

@@ -8,10 +8,16 @@ from __future__ import annotations
 import random
 import string
 
+import numpy as np
 import pytest
+from conftest import World
 
 from distill.augment import Augmenter
-from distill.config import AugmentationConfig
+from distill.config import AugmentationConfig, UserError
+from distill.corpus import load_corpus, side_of
+from distill.documents import open_documents
+from distill.job import TeacherAndText, start_accelerator
+from distill.recipe import load_recipe
 
 RNG = random.Random(0)
 STEMS = ["".join(RNG.choices(string.ascii_lowercase, k=5)) for _ in range(300)]
@@ -101,3 +107,56 @@ def test_a_seed_decides_everything() -> None:
     assert made.copy(TEXTS[0], 1, 0) != one[0], "each text has its own fate"
     assert [made.copy(TEXTS[0], 0, copy) for copy in reversed(range(5))] == one[::-1], "in any order"
     assert len(made.copy(" ".join(WORDS), 0, 1, most_words=7).split()) <= 7
+
+
+def test_white_space_stays() -> None:
+    made = Augmenter(AugmentationConfig(mask=0.0, replace=1.0, ngram=0.0), ["led red bed"], None, 0)
+    text = "red\n\nbed  led\n"
+    changed = made.copy(text, 0, 0)
+    assert [len(part) for part in changed.split("\n")] == [3, 0, 8] and changed[5:8] != "bed"
+
+
+# ---------------------------------------------------------------- beside the text of a language model
+
+CHANGED = "augmentation={copies: 2, mask: 0, replace: 0.5, ngram: 0}"
+
+
+def test_copies_are_trained_on_alone(world: World) -> None:
+    """By the student and not by the control; documents as they are come first, and copies that fall to another side
+    are left out."""
+    recipe = load_recipe(str(world.recipe), [CHANGED])
+    parts = TeacherAndText(recipe, start_accelerator(recipe))
+    tokenizer, augmentation = parts.teacher.tokenizer, recipe.augmentation
+    real = load_corpus(recipe.corpus, tokenizer, progress=False)
+    for side in ("validation", "test"):
+        assert np.array_equal(getattr(parts.corpus, side).tokens, getattr(real, side).tokens)
+    assert np.array_equal(parts.corpus.train.tokens[: len(real.train.tokens)], real.train.tokens)
+    assert parts.text_of_source.split.tokens.tolist() == real.train.tokens.tolist()
+    assert parts.corpus.fingerprint != real.fingerprint
+
+    texts = [text for text in open_documents(recipe.corpus, progress=False) if side_of(text, recipe.corpus) == "train"]
+    assert augmentation is not None
+    augmenter = Augmenter(augmentation, texts, None, 0)
+    copies = [augmenter.copy(text, number, copy) for copy in range(2) for number, text in enumerate(texts)]
+    kept = [copy for copy in copies if side_of(copy, recipe.corpus) == "train"]
+    assert 0 < len(kept) < len(copies) and set(kept) - set(texts)
+    found = [parts.corpus.train.document(n) for n in range(len(real.train), len(parts.corpus.train))]
+    assert [tokenizer.decode(tokens_N[1:]) for tokens_N in found] == kept
+
+    other = load_recipe(str(world.recipe), [CHANGED.replace("0.5", "0.4")])
+    corpus = load_corpus(other.corpus, tokenizer, augmentation=other.augmentation, progress=False)
+    assert corpus.fingerprint != parts.corpus.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["corpus.streaming=true"], "corpus.streaming: changed copies are not added to a stream"),
+        (["corpus.source=", "writing={documents: 20}"], "augmentation: there is no corpus.source to make copies of"),
+        (["student.vocabulary_size=300"], "augmentation: expected none where the student has a tokenizer of its own"),
+    ],
+)
+def test_recipes_that_have_no_use_for_copies(world: World, overrides: list[str], expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_recipe(str(world.recipe), [CHANGED, *overrides])
+    assert expected in str(caught.value)

@@ -86,18 +86,13 @@ def test_bench_cache_reports_sizes_speed_and_fidelity(world: World, tmp_path: Pa
 def test_bench_scaling_by_hand(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Medians of what each repetition says, and two processes for real."""
+    """Medians of what each round says."""
     (tmp_path / "runs" / "bench").mkdir(parents=True)
     (tmp_path / "runs" / "bench" / "streaming.json").write_text('{"rss_growth_2gb": 0.05}', encoding="utf-8")
     speeds = {"one": [100.0, 90.0, 300.0], "two": [180.0, 60.0, 170.0], "apart": [190.0, 190.0, 190.0]}
-    real, measured = scaling.measure, {way: iter(found) for way, found in speeds.items()}
-
-    def fake(way: str, options: object, folder: Path) -> dict[str, float]:
-        speed = next(measured[way])
-        return {"train": speed, "cache": speed * (1.1 if way == "two" else 1)}
-
+    found = {"train": speeds, "cache": {**speeds, "two": [1.1 * speed for speed in speeds["two"]]}}
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scaling, "measure", fake)
+    monkeypatch.setattr(scaling, "measure", lambda _: found)
     assert scaling.main(["--recipe", str(world.recipe)]) == 0
     result = last_line(capsys.readouterr().out)
     assert result["rss_growth_2gb"] == 0.05
@@ -106,11 +101,42 @@ def test_bench_scaling_by_hand(
     assert result["train_efficiency_apart"] == pytest.approx(190 / 200)
     assert result["train_efficiency_of_apart"] == pytest.approx(170 / 190)
 
+
+def test_a_step_of_those_apart_waits_for_the_slower() -> None:
+    """Three steps of ten tokens by each of two processes, one of which is slow once."""
+    turns: list[list[str]] = [[], []]
+    found = ({"tokens": 10, "seconds": [1.0, 1.0, 1.0]}, {"tokens": 10, "seconds": [0.5, 2.0, 0.5]})
+    commands = [
+        SimpleNamespace(begin=turn.append, end=lambda said=said: said) for turn, said in zip(turns, found, strict=True)
+    ]
+    assert scaling.take_turn(commands, "train") == pytest.approx(60 / 4)  # type: ignore[arg-type]
+    assert turns == [["train"], ["train"]]
+
+
+def test_processes_take_turns_for_real(world: World, tmp_path: Path) -> None:
+    """Two processes train and build a cache, and do so again when told to; they end when nobody has a turn for them."""
     options = SimpleNamespace(recipe=str(world.recipe), overrides=[], steps=2, tokens=640)
-    found = real("two", options, tmp_path / "work")  # type: ignore[arg-type]
-    assert set(found) == {"train", "cache"} and min(found.values()) > 0
-    blocks = json.loads((tmp_path / "work" / "built-0" / "targets.json").read_text(encoding="utf-8"))["shards"]
-    assert sum(shard["blocks"] for shard in blocks.values()) == 2 * 640 / 8, "as much for each process"
+    with scaling.Command(options, tmp_path, 2) as command:  # type: ignore[arg-type]
+        for part in ("train", "cache", "train", "cache"):
+            command.begin(part)
+            found = command.end()
+            assert len(found["seconds"]) == (2 if part == "train" else 1) and min(found["seconds"]) > 0
+        assert found["tokens"] == 2 * 640
+        command.process.stdin.close()  # type: ignore[union-attr]
+        assert command.process.wait(60) == 0
+    for number in range(2):
+        built = json.loads((tmp_path / f"built-2-{number}" / "targets.json").read_text(encoding="utf-8"))["shards"]
+        assert sum(shard["blocks"] for shard in built.values()) == 2 * 640 / 8, "as much for each process"
+
+
+def test_a_process_that_fails_is_quoted(world: World, tmp_path: Path) -> None:
+    options = SimpleNamespace(recipe=str(world.recipe), overrides=["no.such=1"], steps=2, tokens=640)
+    with (
+        pytest.raises(UserError, match=r"(?s)exit code 2.*no: unknown key"),
+        scaling.Command(options, tmp_path, 0) as command,  # type: ignore[arg-type]
+    ):
+        command.begin("train")
+        command.end()
 
 
 def points(*losses: float) -> list[dict]:

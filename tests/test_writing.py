@@ -315,7 +315,7 @@ def test_beside_the_text_it_is_trained_on_alone(
     found = [parts.corpus.train.document(n) for n in range(len(real.train), len(parts.corpus.train))]
     assert [teacher.tokenizer.decode(tokens_N[1:]) for tokens_N in found] == kept
     assert np.array_equal(parts.corpus.train.tokens[: len(real.train.tokens)], real.train.tokens)
-    assert parts.text_without_written.split.tokens.tolist() == real.train.tokens.tolist()
+    assert parts.text_of_source.split.tokens.tolist() == real.train.tokens.tolist()
     assert parts.corpus.fingerprint != real.fingerprint
 
     # What the teacher knows by heart stays out: a document of validation, written word by word.
