@@ -529,7 +529,8 @@ class StageConfig(Section):
     """Share of the lanes, rounded to whole ones, whose text the student itself writes in each step, for the live
     teacher to judge: on-policy distillation (lambda of GKD, arXiv 2306.13649). Such a block begins at a reset with the
     first tokens of the lane's block of text; the student goes on. Divergences and hidden terms are taken at all its
-    positions, cross-entropy at none. The other lanes read on as ever. Each sum is divided by all tokens of the step."""
+    positions, cross-entropy at none. The other lanes read on as ever, their targets from the cache where there is one.
+    Each sum is divided by all tokens of the step."""
     written_prompt: Positive = 16
     """With `student_written`: tokens of text that such a block begins with."""
     written_temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0

@@ -232,10 +232,10 @@ def _against_student_written(recipe: Recipe, stage: StageConfig, where: str) -> 
     problems, lanes, length = [], recipe.run.batch_size, recipe.corpus.block_length
     if not recipe.student.is_fresh_lstm or recipe.student.has_own_tokenizer:
         problems.append(f"{where}.student_written: the student must be a fresh LSTM with the teacher's tokens; set 0")
-    if recipe.targets.cache:
+    if recipe.endpoint:
         problems.append(
-            f"{where}.student_written: no cache has targets of text that is written during training; set "
-            "targets.cache=false"
+            f"{where}.student_written: the teacher behind an endpoint is not asked during training, and no cache has "
+            "targets of text that is written then; set 0, or remove endpoint"
         )
     if not round(stage.student_written * lanes):
         problems.append(

@@ -361,6 +361,11 @@ class BlockBatch:
     reset_BT: torch.Tensor  # a document starts at this input, and resets are on
     window_BW: torch.Tensor  # what the teacher reads: the C tokens before the block, then the inputs
     positions_BW: torch.Tensor  # the teacher's position ids
+    written_B: torch.Tensor | None = None  # which blocks the student wrote; None for no block
+
+    def rows(self, chosen_B: torch.Tensor) -> BlockBatch:
+        """Some of the blocks."""
+        return BlockBatch(*(None if part is None else part[chosen_B] for part in vars(self).values()))
 
 
 class Blocks:

@@ -40,7 +40,15 @@ from distill.sharding import requested_engine
 from distill.stages import check_stages
 from distill.stream import BlockStream
 from distill.student import LSTMForCausalLM
-from distill.targets import CachedTargets, LiveTargets, Targets, cached_blocks, make_encoding, open_targets
+from distill.targets import (
+    CachedBesideLive,
+    CachedTargets,
+    LiveTargets,
+    Targets,
+    cached_blocks,
+    make_encoding,
+    open_targets,
+)
 from distill.teacher import LanguageModel, hardware_has_bf16, resolve_model, wrap
 from distill.tokenizer import student_tokenizer
 from distill.tracking import Tracker
@@ -104,7 +112,8 @@ class _Job:
         with timed(self.wall_seconds, "teacher_validation"):
             validator = Validator(recipe, parts, self.accelerator)
         with timed(self.wall_seconds, "targets"):
-            targets = parts.targets()
+            cached = parts.cached_targets() if recipe.targets.cache else None
+            targets = parts.targets(cached)
         written = parts.written.figures() if parts.written else None
         shared: dict[str, Any] = {
             "recipe": recipe,
@@ -163,10 +172,10 @@ class _Job:
             result["student"]["writing_share"] = progress.writing_seconds / progress.on_policy_seconds
         if written:
             result["written"] = written
-        result["targets"] = {"kind": targets.encoding.kind, "cached": isinstance(targets, CachedTargets)}
-        if isinstance(targets, CachedTargets):
-            result["targets"] |= {"seconds": targets.seconds, "bytes_per_token": targets.bytes_per_token}
-            result["targets"]["manifest"] = targets.manifest["identity"]
+        result["targets"] = {"kind": targets.encoding.kind, "cached": cached is not None}
+        if cached is not None:
+            result["targets"] |= {"seconds": cached.seconds, "bytes_per_token": cached.bytes_per_token}
+            result["targets"]["manifest"] = cached.manifest["identity"]
         if recipe.endpoint:
             result["targets"]["served"] = recipe.endpoint.model
         if recipe.other_teachers:
@@ -322,9 +331,12 @@ class TeacherAndText:
             self.corpus = load_corpus(config, tokenizer, progress=main)
         self.teachers = AlignedTeacher.of(self.teacher, tokenizer, self.corpus, self.whole_corpus, recipe)
 
-    def targets(self) -> Targets:
-        """From the cache or the live teacher, as the recipe says."""
-        return self.cached_targets() if self.recipe.targets.cache else LiveTargets(self.teachers, self.encoding)
+    def targets(self, cached: CachedTargets | None) -> Targets:
+        """From the cache, where there is one, or the live teacher; from both where the student writes some text."""
+        live = LiveTargets(self.teachers, self.encoding)
+        if cached is None:
+            return live
+        return CachedBesideLive(cached, live) if any(stage.student_written for stage in self.recipe.stages) else cached
 
     def cached_targets(self, verify: bool = False) -> CachedTargets:
         """The recipe's cache, built as far as it is missing."""

@@ -39,7 +39,7 @@ from distill.output import machine, print_json, print_table
 from distill.progress import Clock, Progress
 from distill.recipe import load_recipe
 from distill.samples import decode_speed
-from distill.targets import LiveTargets, Targets, open_targets
+from distill.targets import open_targets
 from distill.teacher import LanguageModel, wrap
 from distill.tracking import Tracker
 from distill.train import Rehearsal, Training
@@ -204,7 +204,7 @@ def measure(
         batch_tokens=evaluation.batch_tokens,
         endpoint=recipe.endpoint,
     )
-    targets: Targets = cached if recipe.targets.cache else LiveTargets(parts.teachers, parts.encoding)
+    targets = parts.targets(cached if recipe.targets.cache else None)
     blocks = sample if recipe.targets.cache else parts.cached_blocks
 
     shared: dict[str, Any] = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -136,6 +136,20 @@ class MixedSignal:
 
 
 Signal = DenseSignal | HiddenSignal | SparseSignal | MixedSignal
+
+
+def interleave(others: Signal, chosen: Signal, chosen_N: Tensor) -> Signal:
+    """One signal of two of a kind that a cache can hold: rows of `chosen` where `chosen_N`, of `others` elsewhere."""
+
+    def place(other_n: Tensor, chosen_n: Tensor) -> Tensor:
+        whole_N = other_n.new_empty(len(chosen_N), *other_n.shape[1:])
+        whole_N[~chosen_N], whole_N[chosen_N] = other_n, chosen_n.to(other_n.dtype)
+        return whole_N
+
+    rows = {name: part for name, part in vars(others).items() if name.rpartition("_")[2].startswith("N")}
+    return replace(
+        others, **{name: place(part, getattr(chosen, name)) for name, part in rows.items() if part is not None}
+    )
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from distill.sealed import check, differences, read_sealed, seal, unseal
 from distill.served import ServedTeacher
 from distill.session import sha256
 from distill.shards import Checked, Columns, Remote, Shards, map_shard
-from distill.signals import DenseSignal, Encoding, Head, HiddenSignal, Signal, SparseSignal
+from distill.signals import DenseSignal, Encoding, Head, HiddenSignal, Signal, SparseSignal, interleave
 from distill.teacher import LanguageModel
 
 FORMAT = 1
@@ -227,6 +227,23 @@ class CachedTargets:
             name: torch.from_numpy(rows[name].reshape(-1, n)).to(device) for name, (_, n) in self.layout.columns.items()
         }
         return self.layout.unpack(columns, self.head)
+
+
+class CachedBesideLive:
+    """Cached targets of the text, and the live teacher's of blocks that the student wrote, which no cache can have."""
+
+    def __init__(self, cached: CachedTargets, live: Targets) -> None:
+        self.cached, self.live = cached, live
+        self.encoding, self.seconds = cached.encoding, cached.seconds
+
+    def signal(self, batch: BlockBatch, first_only: bool = False) -> Signal:
+        if batch.written_B is None or not batch.written_B.any():
+            return self.cached.signal(batch, first_only)
+        if batch.written_B.all():
+            return self.live.signal(batch, first_only)
+        sides = (self.cached, ~batch.written_B), (self.live, batch.written_B)
+        text, written = (side.signal(batch.rows(chosen_B), first_only) for side, chosen_B in sides)
+        return interleave(text, written, batch.written_B.repeat_interleave(batch.inputs_BT.shape[1]))
 
 
 class Layout:

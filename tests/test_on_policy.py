@@ -27,11 +27,14 @@ from distill.on_policy import BlockWriter, written_lanes
 from distill.progress import Interrupted, Progress
 from distill.recipe import load_recipe
 from distill.student import LSTMConfig, LSTMForCausalLM
-from distill.targets import LiveTargets
+from distill.targets import CachedBesideLive, LiveTargets
 from distill.tracking import Tracker
 from distill.train import Training
 from distill.transplant import build_student
 
+SERVED = {
+    "endpoint": "{url: http://x, model: x}", "targets__cache": "true", "targets__signal": "top_k", "targets__k": "4",
+}  # fmt: skip
 STAGE = {
     "objective": {"forward_kl": 0.8, "cross_entropy": 0.2},
     "length": {"steps": 5},
@@ -58,7 +61,8 @@ def open_training(world: World, tmp_path: Path) -> Any:
         training = Training(
             "student", recipe=recipe, stages=recipe.stages, student=student, blocks=parts.text, teacher=parts.teacher,
             validate=lambda _: Score(1.0, 1, 1, 1, 1.0, 1), accelerator=accelerator,
-            tracker=Tracker(accelerator, recipe), targets=LiveTargets(parts.teachers, parts.encoding),
+            tracker=Tracker(accelerator, recipe),
+            targets=parts.targets(parts.cached_targets() if recipe.targets.cache else None),
         )  # fmt: skip
         return training, training.begin(recipe.stages[0])[1]
 
@@ -247,6 +251,51 @@ def test_the_gradient_is_that_of_the_written_tokens(
         )
 
 
+@pytest.mark.parametrize("share", [0.5, 1])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"targets__hidden_dtype": "fp32"},
+        {"targets__signal": "dense"},
+        {"targets__signal": "top_k", "targets__k": 4},
+        {"targets__signal": "sampled"},
+    ],
+    ids=["hidden", "dense", "top_k", "sampled"],
+)
+def test_a_cache_serves_the_text_and_the_teacher_the_rest(
+    open_training: Any, tmp_path: Path, options: dict[str, Any], share: float
+) -> None:
+    """As the live teacher alone would, to the digits that a cache keeps; and each is asked for its own blocks only."""
+    stage = {**STAGE, "objective": "forward_kl", "student_written": share}
+    live, _ = open_training(stage, **options, run__micro_batch_size=4)
+    both, _ = open_training(
+        stage, **options, run__micro_batch_size=4, targets__cache="true", targets__cache_dir=tmp_path / "targets"
+    )
+    assert isinstance(live.targets, LiveTargets) and isinstance(both.targets, CachedBesideLive)
+    asked: dict[str, list[int]] = {"cached": [], "live": []}
+    for name, blocks in asked.items():
+        side = getattr(both.targets, name)
+        signal_of = side.signal
+
+        def watched(batch: Any, first_only: bool = False, signal_of: Any = signal_of, blocks: Any = blocks) -> Any:
+            blocks += batch.block_ids_B.tolist()
+            return signal_of(batch, first_only)
+
+        side.signal = watched
+    is_written, lane = written_lanes(8, share), 0
+    for batch, _ in live._batches(0)[0]:
+        expected, found = vars(live.targets.signal(batch)), vars(both.targets.signal(batch))
+        for name in expected:
+            if isinstance(expected[name], Tensor):
+                if name == "logits_NV":  # a softmax sees no constant
+                    expected[name], found[name] = (part[name].log_softmax(-1) for part in (expected, found))
+                torch.testing.assert_close(found[name], expected[name], rtol=2e-3, atol=2e-3)
+        lane += len(batch.block_ids_B)
+    blocks = np.concatenate([batch.block_ids_B for batch, _ in live._batches(0)[0]])
+    assert lane == 8 and sorted(asked["live"]) == sorted(blocks[is_written])
+    assert sorted(asked["cached"]) == sorted(blocks[~is_written])
+
+
 def test_cross_entropy_leaves_out_what_has_no_label() -> None:
     torch.manual_seed(0)
     logits_NV = torch.randn(6, 9, requires_grad=True)
@@ -326,7 +375,7 @@ def test_the_shipped_recipe_is_on_policy() -> None:
 @pytest.mark.parametrize(
     ("stage", "overrides", "expected"),
     [
-        ({}, {"targets__cache": "true"}, "stages.0.student_written: no cache has targets"),
+        ({}, SERVED, "stages.0.student_written: the teacher behind an endpoint is not asked during training"),
         ({"objective": "cross_entropy"}, {}, "for the teacher to judge"),
         ({"student_written": 1}, {}, "no text is left for cross_entropy"),
         ({"student_written": 0.01}, {}, "0.01 of 8 lanes (run.batch_size) is no whole lane"),
