@@ -48,7 +48,7 @@ from distill.student import LSTMForCausalLM
 from distill.teacher import LanguageModel, hardware_has_bf16, load_language_model
 from distill.torch_decoder import load_student
 from eval.command import Subject
-from eval.runtimes import LlamaCppSession, Unavailable
+from eval.runtimes import LlamaCppSession, Unavailable, decoder_step_bytes
 
 LLAMA_TOKENS, LLAMA_REPEATS, LLAMA_ROOM = 128, 5, 512
 
@@ -93,16 +93,6 @@ def _rounded(u_d: np.ndarray) -> np.ndarray:
     scale = np.float32((high - low) / 255)
     zero = np.clip(np.rint(-low / scale), 0, 255)
     return ((np.clip(np.rint(u_d / scale) + zero, 0, 255) - zero) * scale).astype(np.float32)
-
-
-def bytes_per_token(decoder: Decoder, folder: Path) -> int:
-    """Bytes of weights that a step reads: body and preview whole, of embedding and head the rows in question."""
-    weights = load_file(folder / "decoder.safetensors")
-    blocks = decoder.shapes["block_Bn"][1]
-    rows = {
-        "embedding": 1, "embedding.scale": 1, "tokens": 1, "head": blocks, "head.scale": blocks, "head.bias": blocks
-    }  # fmt: skip
-    return sum(value[: rows.get(name, len(value))].nbytes for name, value in weights.items())
 
 
 def bandwidth(size: int) -> float:
@@ -151,7 +141,7 @@ def benchmark(options: argparse.Namespace) -> None:
     measured = run_process([sys.executable, "-m", "benchmarks.decode_stream", str(folder)])
     llama = llama_speed(session) if session else None
     session = None  # its process ends
-    step_bytes = bytes_per_token(decoder, folder)
+    step_bytes = decoder_step_bytes(decoder, load_file(folder / "decoder.safetensors"))
     caches, memory = bandwidth(step_bytes), bandwidth(2**29)
     device = torch.device("cpu")
     generate: dict[str, float] = {}

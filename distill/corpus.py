@@ -244,8 +244,8 @@ def _build(
     tokens = {side: GrowingArray(folder / f"{side}.npy", encoder.dtype) for side in SIDES}
     starts = {side: GrowingArray(folder / f"{side}.starts.npy", np.int64) for side in SIDES}
     measures = {side: GrowingArray(folder / f"{side}.documents.npy", np.int64, 2) for side in SIDES}
-    training = itertools.chain.from_iterable(part.batches(progress=progress) for part in more)
-    training = ([text for text in texts if side_of(text, config) == "train"] for texts in training)
+    further = itertools.chain.from_iterable(part.batches(progress=progress) for part in more)
+    training = ([text for text in texts if side_of(text, config) == "train"] for texts in further)
     for texts in itertools.chain(source.batches(progress=progress), training):
         for text, tokens_N in zip(texts, encoder.encode(texts), strict=True):
             side = side_of(text, config)
@@ -365,7 +365,8 @@ class BlockBatch:
 
     def rows(self, chosen_B: torch.Tensor) -> BlockBatch:
         """Some of the blocks."""
-        return BlockBatch(*(None if part is None else part[chosen_B] for part in vars(self).values()))
+        parts: dict[str, Any] = {name: part[chosen_B] for name, part in vars(self).items() if part is not None}
+        return BlockBatch(**parts)
 
 
 class Blocks:

@@ -45,9 +45,9 @@ from eval.llama import resident_bytes
 from eval.runtimes import Opener, Session, Unavailable, runtimes_of
 
 BUFFER_BYTES = 2**29  # read for the bandwidth: far beyond any cache
-SLOW_SECONDS = 2.0  # prompts that take longer are read once only
+SLOW_SECONDS = 1.0  # prompts that take longer are read once only
 WARMING_TOKENS = 256  # of a prompt, read before the first repetition
-STEP_SECONDS = 0.5  # of decoding in a repetition of a case
+STEP_SECONDS = 0.3  # of decoding in a repetition of a case
 PROBES_TOGETHER = 4  # each has some 300 MiB of libraries
 READY = "ready"
 Pair = tuple[int, int]  # batch, context

@@ -10,7 +10,7 @@ Legend: B sequences, T prompt tokens, L layers, H LSTM width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from distill.config import UserError
-from distill.decode import find_student, load_decoder
+from distill.decode import Decoder, find_student, load_decoder
 from distill.packaged import PREFIX, resolve_package
 from distill.sampling import Sampler
 from distill.student import LSTMCache, LSTMConfig, State
@@ -180,10 +180,9 @@ class DecoderSession:
         except UserError as error:  # onnxruntime is an extra
             raise Unavailable(str(error)) from None
         self.vocab_size = self.decoder.vocab_size
-        sizes = {name: value.nbytes for name, value in load_file(folder / "decoder.safetensors").items()}
-        rows = sum(size for name, size in sizes.items() if name.split(".")[0] in ("embedding", "tokens", "head"))
-        self.disk_bytes = self.weight_bytes = sum(sizes.values())
-        self.read_bytes = self.weight_bytes - rows  # a step reads a few of their rows only
+        weights = load_file(folder / "decoder.safetensors")
+        self.disk_bytes = self.weight_bytes = sum(value.nbytes for value in weights.values())
+        self.read_bytes = decoder_step_bytes(self.decoder, weights)
         self.greedy = Sampler(temperature=0)
 
     def start(self, ids_BT: np.ndarray) -> np.ndarray:
@@ -198,6 +197,15 @@ class DecoderSession:
 
     def state_bytes(self) -> int:
         return sum(part.nbytes for part in self.lanes.states[0])
+
+
+def decoder_step_bytes(decoder: Decoder, weights: Mapping[str, Any]) -> int:
+    """Bytes of weights that a step reads: body and preview whole, of embedding and head the rows in question."""
+    blocks = decoder.shapes["block_Bn"][1]
+    rows = {
+        "embedding": 1, "embedding.scale": 1, "tokens": 1, "head": blocks, "head.scale": blocks, "head.bias": blocks
+    }  # fmt: skip
+    return sum(value[: rows.get(name, len(value))].nbytes for name, value in weights.items())
 
 
 def disk_bytes(subject: Subject) -> int:
