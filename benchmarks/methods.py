@@ -174,6 +174,13 @@ def minutes_each(total: float, runs: int, longer: int, cache: float) -> float:
     return round(found, 2)
 
 
+def wall_minutes(result: dict[str, Any]) -> float:
+    """All of a run, with what building its cache took where that was found built, or had been begun before."""
+    wall = result["wall_seconds"]
+    built = max(wall.get("targets", 0.0), result.get("targets", {}).get("seconds", 0.0))
+    return (sum(wall.values()) - wall.get("targets", 0.0) + built) / 60
+
+
 def benchmark(options: argparse.Namespace) -> None:
     """Run what is missing, then the table."""
     given = [CACHE, "control=false", *options.overrides]
@@ -250,7 +257,7 @@ def benchmark(options: argparse.Namespace) -> None:
         figures |= {
             "best.nll_gap_to_teacher_nats": found["nll_nats"] - best["teacher"]["nll_nats"],
             **{f"best.{name}": found.get(name) for name in ("top1_agreement", "overlap", "ece", "parameters")},
-            "best.wall_minutes": sum(best["wall_seconds"].values()) / 60,
+            "best.wall_minutes": wall_minutes(best),
         }
     finish("methods", figures)
 
