@@ -192,13 +192,17 @@ def benchmark(options: argparse.Namespace) -> None:
         for name, method in METHODS.items()
         if not options.only or any(word in name for word in options.only)
     }
+    if options.only and not chosen and options.only != ["best"]:
+        raise UserError(f"--only: expected best, or words of {', '.join(METHODS)}; found {' '.join(options.only)}")
     seeds = {name: range(options.seeds or method.seeds) for name, method in chosen.items()}
     longer = [name for name, method in chosen.items() if cached and method.without_cache]
     cache = run_tool("distill.cache", options.recipe, given)["seconds"] / 60 if len(longer) < len(chosen) else 0.0
-    minutes = options.minutes or minutes_each(
-        options.total - (0 if options.skip_best else BEST_MINUTES),
-        sum(map(len, seeds.values())), sum(len(seeds[name]) for name in longer), cache,
-    )  # fmt: skip
+    minutes = options.minutes or 0.0
+    if chosen and not minutes:
+        minutes = minutes_each(
+            options.total - (0 if options.skip_best else BEST_MINUTES),
+            sum(map(len, seeds.values())), sum(len(seeds[name]) for name in longer), cache,
+        )  # fmt: skip
 
     parent = FOLDER.resolve() / "methods"
     results: dict[Path, dict[str, Any]] = {}
@@ -288,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--total", type=float, default=90.0, help="minutes that all of it may take (90)")
     parser.add_argument("--minutes", type=float, help="training time of each row, instead of what --total leaves")
     parser.add_argument("--seeds", type=int, help="of each row (one; three of the two rows to compare with)")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="methods whose name contains one of these")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="methods whose name contains one of these; best for none")
     parser.add_argument("--skip-best", action="store_true", help="without recipes/best.yaml, which takes an hour")
     options = parser.parse_intermixed_args(arguments)
     return guarded(lambda: benchmark(options))

@@ -243,6 +243,11 @@ def test_bench_methods_by_hand(
     assert methods.main(["--total", "60", *chosen]) == 2
     assert "--total: expected at least" in capsys.readouterr().err
 
+    assert methods.main(["--only", "best"]) == 0
+    assert set(last_line(capsys.readouterr().out)["medians"]) == {"recipes/best.yaml"}
+    assert methods.main(["--only", "guesswork"]) == 2
+    assert "--only: expected best, or words of random weights, cross-entropy" in capsys.readouterr().err
+
 
 def test_a_benchmark_reads_what_a_command_prints(world: World, tmp_path: Path) -> None:
     words = ["targets.max_tokens=640", f"targets.cache_dir={tmp_path / 'targets'}"]
