@@ -292,7 +292,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--total", type=float, default=90.0, help="minutes that all of it may take (90)")
     parser.add_argument("--minutes", type=float, help="training time of each row, instead of what --total leaves")
     parser.add_argument("--seeds", type=int, help="of each row (one; three of the two rows to compare with)")
-    parser.add_argument("--only", nargs="+", metavar="WORD", help="methods whose name contains one of these; best for none")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="methods with one of these in their names (best: none)"
+    )
     parser.add_argument("--skip-best", action="store_true", help="without recipes/best.yaml, which takes an hour")
     options = parser.parse_intermixed_args(arguments)
     return guarded(lambda: benchmark(options))
