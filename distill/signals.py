@@ -147,10 +147,9 @@ def interleave(others: Signal, chosen: Signal, chosen_N: Tensor) -> Signal:
         whole_N[~chosen_N], whole_N[chosen_N] = other_n, chosen_n.to(other_n.dtype)
         return whole_N
 
-    rows = {name: part for name, part in vars(others).items() if name.rpartition("_")[2].startswith("N")}
-    return replace(
-        others, **{name: place(part, getattr(chosen, name)) for name, part in rows.items() if part is not None}
-    )
+    names = [name for name, part in vars(others).items() if "_N" in name and part is not None]
+    rows: dict[str, Any] = {name: place(getattr(others, name), getattr(chosen, name)) for name in names}
+    return replace(others, **rows)
 
 
 @dataclass(frozen=True)
