@@ -361,12 +361,15 @@ class BlockBatch:
     reset_BT: torch.Tensor  # a document starts at this input, and resets are on
     window_BW: torch.Tensor  # what the teacher reads: the C tokens before the block, then the inputs
     positions_BW: torch.Tensor  # the teacher's position ids
-    written_B: torch.Tensor | None = None  # which blocks the student wrote; None for no block
+
+    @property
+    def written_B(self) -> torch.Tensor:
+        """Which blocks the student wrote: those without labels."""
+        return (self.labels_BT < 0).all(1)
 
     def rows(self, chosen_B: torch.Tensor) -> BlockBatch:
         """Some of the blocks."""
-        parts: dict[str, Any] = {name: part[chosen_B] for name, part in vars(self).items() if part is not None}
-        return BlockBatch(**parts)
+        return BlockBatch(**{name: part[chosen_B] for name, part in vars(self).items()})
 
 
 class Blocks:

@@ -122,6 +122,5 @@ class BlockWriter:
             reset_BT=put(batch.reset_BT, starts_bT),
             window_BW=put(batch.window_BW, torch.cat([before_bC, tokens_bT], 1)),
             positions_BW=put(batch.positions_BW, torch.cat([positions_bC, place_T - began_bT], 1)),
-            written_B=torch.zeros(len(reset_BT), dtype=torch.bool).index_fill(0, rows_b, True),
         )
         return written, put(reset_BT, starts_bT)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -148,8 +147,8 @@ def interleave(others: Signal, chosen: Signal, chosen_N: Tensor) -> Signal:
         return whole_N
 
     names = [name for name, part in vars(others).items() if "_N" in name and part is not None]
-    rows: dict[str, Any] = {name: place(getattr(others, name), getattr(chosen, name)) for name in names}
-    return replace(others, **rows)
+    rows = {name: place(getattr(others, name), getattr(chosen, name)) for name in names}
+    return replace(others, **rows)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

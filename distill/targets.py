@@ -237,13 +237,14 @@ class CachedBesideLive:
         self.encoding, self.seconds = cached.encoding, cached.seconds
 
     def signal(self, batch: BlockBatch, first_only: bool = False) -> Signal:
-        if batch.written_B is None or not batch.written_B.any():
+        written_B = batch.written_B
+        if not written_B.any():
             return self.cached.signal(batch, first_only)
-        if batch.written_B.all():
+        if written_B.all():
             return self.live.signal(batch, first_only)
-        sides = (self.cached, ~batch.written_B), (self.live, batch.written_B)
+        sides = (self.cached, ~written_B), (self.live, written_B)
         text, written = (side.signal(batch.rows(chosen_B), first_only) for side, chosen_B in sides)
-        return interleave(text, written, batch.written_B.repeat_interleave(batch.inputs_BT.shape[1]))
+        return interleave(text, written, written_B.repeat_interleave(batch.inputs_BT.shape[1]))
 
 
 class Layout:
