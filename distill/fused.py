@@ -35,7 +35,7 @@ from distill.student import LSTMCache, LSTMForCausalLM, LSTMModel, State
 def chunk_sizes(device: str, vocabulary: int, item_bytes: int) -> tuple[int, int, int, int]:
     """Tokens of the student's logits, of the teacher's, of a divergence at one time; columns of a tile of the head.
 
-    On a CPU: 36 MiB of student logits, for every chunk converts a trained head twice and passes over its gradient once;
+    On a CPU: 36 MiB of student logits, for every chunk converts a trained head and passes over its gradient once;
     the fewest teacher logits at which its product runs at full speed; so few rows of fp32 that a core's second-level
     cache holds them; tiles small against all that.
     """
@@ -227,20 +227,39 @@ class _ChunkedHeadLoss(torch.autograd.Function):
             totals: dict[str, Tensor] = {}
             # What is computed first is what the rest is written over: one buffer of each size for the whole loop.
             logits_CV = z_Nd.new_empty(min(chunk, N), V, dtype=compute)
-            tile_vd = z_Nd.new_empty(tile if tiled else 0, z_Nd.shape[1], dtype=compute)
+            tile_td = z_Nd.new_empty(tile if weight_Vd.dtype != compute else 0, z_Nd.shape[1], dtype=compute)
+            product_td = z_Nd.new_empty(tile if need_weight else 0, z_Nd.shape[1], dtype=compute)
 
-            def weight_of(columns: slice) -> Tensor:
-                weight_vd = weight_Vd[columns]
-                return weight_vd if weight_vd.dtype == compute else tile_vd[: len(weight_vd)].copy_(weight_vd)
-
-            for start in range(0, N, chunk):
-                z_cd = z_Nd[start : start + chunk].to(compute)
-                logits_cV = logits_CV[: len(z_cd)]
+            def multiply(done: slice | None, due: slice | None) -> None:
+                """Gradients of the tokens `done` and, in their place, the logits of those `due`: a tile of the head is
+                converted once for both."""
+                done_cd, due_cd = (None if rows is None else z_Nd[rows].to(compute) for rows in (done, due))
+                grad_cd = None if done_cd is None or grad_z is None else torch.zeros_like(done_cd, dtype=torch.float32)
                 for columns in tiles:
-                    torch.mm(z_cd, weight_of(columns).t(), out=logits_cV[:, columns])
-                for few in range(0, len(z_cd), part):
-                    logits_NV = logits_cV[few : few + part]
-                    rows = slice(start + few, start + few + len(logits_NV))
+                    weight_vd = weight_Vd[columns]
+                    if weight_vd.dtype != compute:
+                        weight_vd = tile_td[: len(weight_vd)].copy_(weight_vd)
+                    if done is not None and done_cd is not None:
+                        grad_cv = logits_CV[: len(done_cd), columns]
+                        if grad_cd is not None:
+                            grad_cd += grad_cv @ weight_vd
+                        if grad_weight is not None:
+                            product_vd = torch.mm(grad_cv.t(), done_cd, out=product_td[: len(weight_vd)])
+                            grad_vd = grad_weight[columns]
+                            grad_vd.copy_(product_vd) if done.start == 0 else grad_vd.add_(product_vd)
+                    if due_cd is not None:
+                        torch.mm(due_cd, weight_vd.t(), out=logits_CV[: len(due_cd), columns])
+                if grad_z is not None and grad_cd is not None:
+                    grad_z[done] = grad_cd
+
+            chunks = [slice(start, min(start + chunk, N)) for start in range(0, N, chunk)]
+            for done, due in zip((None, *chunks), (*chunks, None), strict=True):
+                multiply(done, due)
+                if due is None:
+                    break
+                for start in range(due.start, due.stop, part):
+                    rows = slice(start, min(start + part, due.stop))
+                    logits_NV = logits_CV[start - due.start : rows.stop - due.start]
                     student_NV = logits_NV if bias_V is None else logits_NV.float() + bias_V
                     target = teacher(rows, z_Nd.device) if teacher else None
                     sums, grad_NV = objective.gradient(student_NV, labels_N[rows], target)
@@ -249,16 +268,6 @@ class _ChunkedHeadLoss(torch.autograd.Function):
                     if grad_bias is not None:
                         grad_bias += grad_NV.sum(0)
                     logits_NV.copy_(grad_NV)
-                if grad_z is not None:
-                    grad_cd = torch.zeros_like(z_cd, dtype=torch.float32)
-                    for columns in tiles:
-                        grad_cd += logits_cV[:, columns] @ weight_of(columns)
-                    grad_z[start : start + chunk] = grad_cd
-                if grad_weight is not None:
-                    for columns in tiles:
-                        grad_vd = grad_weight[columns]
-                        product_vd = torch.mm(logits_cV[:, columns].t(), z_cd, out=tile_vd[: len(grad_vd)])
-                        grad_vd.copy_(product_vd) if start == 0 else grad_vd.add_(product_vd)
         ctx.gradients = (grad_z, grad_weight, grad_bias)
         loss = torch.stack([weight * totals[name] for name, weight in objective.logit_terms.items()]).sum()
         parts = tuple(totals.values())
