@@ -20,6 +20,7 @@ Legend: N tokens, V vocabulary, d width, K outcomes of a sparse signal.
 from __future__ import annotations
 
 import argparse
+import os
 import resource
 import subprocess
 import sys
@@ -150,7 +151,9 @@ def transient_mib(tokens: int, trained: bool, kind: str, way: str) -> float:
     """MiB of a step beyond inputs and remaining gradients; measured by `measure_memory` in a process of its own."""
     arguments = [str(tokens), str(int(trained)), kind, way]
     command = [sys.executable, "-m", "benchmarks.loss", "--memory", *arguments]
-    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    # What is freed goes back to the system (glibc): a step that found memory of the setup would seem to need less.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return float(found.stdout.split()[-1])
 
 

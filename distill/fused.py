@@ -35,11 +35,11 @@ from distill.student import LSTMCache, LSTMForCausalLM, LSTMModel, State
 def chunk_sizes(device: str, vocabulary: int, item_bytes: int) -> tuple[int, int, int, int]:
     """Tokens of the student's logits, of the teacher's, of a divergence at one time; columns of a tile of the head.
 
-    On a CPU: 36 MiB of student logits, for every chunk converts a trained head and passes over its gradient once;
+    On a CPU: 33 MiB of student logits, for every chunk converts a trained head and passes over its gradient once;
     the fewest teacher logits at which its product runs at full speed; so few rows of fp32 that a core's second-level
     cache holds them; tiles small against all that.
     """
-    student_MiB, part_MiB, tile = (36, 0.75, 2048) if device == "cpu" else (512, 256, 16384)
+    student_MiB, part_MiB, tile = (33, 0.75, 1024) if device == "cpu" else (512, 256, 16384)
     rows = max(16, int(student_MiB * 2**20) // (vocabulary * item_bytes))
     return rows, max(1, rows // 4), max(1, min(rows // 4, int(part_MiB * 2**20) // (vocabulary * 4))), tile
 
