@@ -37,7 +37,7 @@ from eval.command import read_results
 RECIPE, BEST = ROOT / "recipes" / "frontier.yaml", ROOT / "recipes" / "best.yaml"
 CACHE = "targets.max_tokens=40000"  # a third of a minute, and more than half a minute of soft targets reads
 BEST_MINUTES = 60.0  # recipes/best.yaml, cache included
-OVERHEAD_MINUTES = 0.5  # of a run: start, loading, validation, decoding, result, and its share of eval.agreement
+OVERHEAD_MINUTES = 0.75  # of a run: start, loading, validation, decoding, result, and its share of eval.agreement
 LEAST_MINUTES = 0.15
 LITTLE = ("evaluation.new_tokens=1", "evaluation.prompts=[The]", "evaluation.decode_seconds=0.1")
 FROZEN = ["embedding", "head"]
