@@ -109,9 +109,8 @@ class SparseSignal:
 
     def rows(self, rows: slice, device: torch.device) -> SparseSignal:
         """Some rows, on a device."""
-        tail_N, entropy_N = (None if part is None else part[rows].to(device) for part in (self.tail_N, self.entropy_N))
-        ids_NK, probs_NK = self.ids_NK[rows].to(device), self.probs_NK[rows].to(device)
-        return SparseSignal(ids_NK, probs_NK, self.temperature, tail_N, entropy_N)
+        some = {name: part[rows].to(device) for name, part in by_token(self).items()}
+        return replace(self, **some)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -138,6 +137,11 @@ class MixedSignal:
 Signal = DenseSignal | HiddenSignal | SparseSignal | MixedSignal
 
 
+def by_token(signal: Signal) -> dict[str, Tensor]:
+    """The fields with a row for each token that the signal has."""
+    return {name: part for name, part in vars(signal).items() if "_N" in name and part is not None}
+
+
 def interleave(others: Signal, chosen: Signal, chosen_N: Tensor) -> Signal:
     """One signal of two of a kind that a cache can hold: rows of `chosen` where `chosen_N`, of `others` elsewhere."""
 
@@ -146,8 +150,7 @@ def interleave(others: Signal, chosen: Signal, chosen_N: Tensor) -> Signal:
         whole_N[~chosen_N], whole_N[chosen_N] = other_n, chosen_n.to(other_n.dtype)
         return whole_N
 
-    names = [name for name, part in vars(others).items() if "_N" in name and part is not None]
-    rows = {name: place(getattr(others, name), getattr(chosen, name)) for name in names}
+    rows = {name: place(part, getattr(chosen, name)) for name, part in by_token(others).items()}
     return replace(others, **rows)  # type: ignore[arg-type]
 
 
@@ -278,15 +281,5 @@ def _find(points: Tensor, cumulated: Tensor) -> tuple[Tensor, Tensor]:
 
 def concatenate(parts: Sequence[SparseSignal]) -> SparseSignal:
     """One signal of the rows of several of a kind."""
-    first = parts[0]
-
-    def joined(name: str) -> Tensor | None:
-        return None if getattr(first, name) is None else torch.cat([getattr(part, name) for part in parts])
-
-    return SparseSignal(
-        torch.cat([part.ids_NK for part in parts]),
-        torch.cat([part.probs_NK for part in parts]),
-        first.temperature,
-        tail_N=joined("tail_N"),
-        entropy_N=joined("entropy_N"),
-    )
+    joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in by_token(parts[0])}
+    return replace(parts[0], **joined)  # type: ignore[arg-type]
