@@ -205,8 +205,8 @@ class StudentConfig(Section):
     1911.11423); it sees nothing before a document's start. The state grows by `hidden_size` numbers a position. At most
     `corpus.block_length`; null for none."""
     feed_forward_size: Positive | None = None
-    """Units of a gated feed-forward block (SwiGLU, arXiv 2002.05202) after each recurrent one; null for none. It wants a
-    learning rate of 2e-3 or less."""
+    """Units of a gated feed-forward block (SwiGLU, arXiv 2002.05202) after each recurrent one; null for none. It wants
+    a learning rate of 2e-3 or less."""
     feed_forward_from: Literal["random", "teacher"] = "random"
     """With `transplant`: start the feed-forward block of block i of N as that of the teacher's layer i L / N, seen
     through the input projection; of a larger one, the `feed_forward_size` units with the largest weights are taken. For
