@@ -76,14 +76,9 @@ def taught(objective: Any, **fields: Any) -> Stage:
     return {"objective": objective, "candidates": 4096, "freeze": FROZEN, "learning_rate": 1.5e-3, **fields}
 
 
-def mixed(term: str, **fields: Any) -> tuple[tuple[float, Stage], ...]:
-    """Text first, then half of a divergence and half of cross-entropy."""
-    return (0.55, text()), (0.45, taught({term: 0.5, "cross_entropy": 0.5}, **fields))
-
-
-def slower(learning_rate: float) -> tuple[tuple[float, Stage], ...]:
-    """Forward KL for students that the others' learning rate of the text is too much for (docs/experiments.md)."""
-    return (0.55, text(learning_rate=learning_rate)), *KL[1:]
+def mixed(term: str, text_rate: float = 5e-3, **fields: Any) -> tuple[tuple[float, Stage], ...]:
+    """Text first, at a learning rate, then half of a divergence and half of cross-entropy."""
+    return (0.55, text(learning_rate=text_rate)), (0.45, taught({term: 0.5, "cross_entropy": 0.5}, **fields))
 
 
 KL = mixed("forward_kl")
@@ -121,9 +116,9 @@ METHODS: dict[str, Method] = {
     "GRU": Method(KL, ("student.cell=gru",)),
     "layer-normalised LSTM": Method(KL, ("student.cell=ln_lstm",)),
     "attention to 64 positions": Method(KL, ("student.attention_window=64",)),
-    "feed-forward blocks": Method(slower(2e-3), ("student.feed_forward_size=1024",)),
+    "feed-forward blocks": Method(mixed("forward_kl", 2e-3), ("student.feed_forward_size=1024",)),
     "feed-forward blocks of the teacher": Method(
-        slower(1e-3), ("student.feed_forward_size=1024", "student.feed_forward_from=teacher")
+        mixed("forward_kl", 1e-3), ("student.feed_forward_size=1024", "student.feed_forward_from=teacher")
     ),
     "AWD regularisers": Method(
         KL,
