@@ -82,7 +82,7 @@ def mixed(term: str, text_rate: float = 5e-3, **fields: Any) -> tuple[tuple[floa
 
 
 KL = mixed("forward_kl")
-WHOLE = {"candidates": None}  # over the whole vocabulary, which some methods need
+WHOLE: Stage = {"candidates": None}  # over the whole vocabulary, which some methods need
 METHODS: dict[str, Method] = {
     "random weights, cross-entropy": Method(((1.0, text(freeze=[])),), ("student.transplant=false",)),
     "transplanted, cross-entropy": Method(((1.0, text()),), seeds=3),
