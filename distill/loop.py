@@ -413,8 +413,8 @@ def make_optimizer(stage: StageConfig, model: torch.nn.Module, embeddings: set[i
     if stage.optimizer == "sgd":
         for group in groups:
             group["weight_decay"] = 0.0
-        return torch.optim.SGD(groups, lr=stage.learning_rate)
-    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas)
+        return torch.optim.SGD(groups, lr=stage.learning_rate, fused=True)
+    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=stage.betas, fused=True)
 
 
 def _step_of(line: str) -> int:

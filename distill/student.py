@@ -246,6 +246,24 @@ class LSTMCache:
         return detached
 
 
+class Rows(torch.autograd.Function):
+    """Rows picked by number, each once at most, where the number after the last stands for zeros.
+
+    The gradient of a row is that of where it went, so it is picked as well; a gather's is added up, row by row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_nH: Tensor, source_m: Tensor, place_n: Tensor) -> Tensor:
+        """(n, H) -> (m, H); `place_n` says where each row goes, m for nowhere."""
+        ctx.save_for_backward(source_m, place_n)
+        return torch.cat([x_nH, x_nH.new_zeros(1, x_nH.shape[1])]).index_select(0, source_m)
+
+    @staticmethod
+    def backward(ctx: Any, grad_mH: Tensor) -> tuple[Tensor, None, None]:
+        source_m, place_n = ctx.saved_tensors
+        return Rows.apply(grad_mH, place_n, source_m), None, None
+
+
 class Steps(NamedTuple):
     """How one run of nn.LSTM or nn.GRU forgets in the middle, in rows that do so at different positions.
 
@@ -261,9 +279,9 @@ class Steps(NamedTuple):
     once a piece.
     """
 
-    source_BS: Tensor  # the position that a step reads, T for none
-    place_BT: Tensor  # the step that reads a position
-    signals_BSI: Tensor  # I = SIGNALS: 1 in the first where a row forgets, the second where it holds, the third else
+    source_n: Tensor  # the position b * T + t that is read at step s of row b, where n = s * B + b; B * T for none
+    place_N: Tensor  # the step s * B + b that reads a position, where N = b * T + t
+    signals_SBI: Tensor  # I = SIGNALS: 1 in the first where a row forgets, the second where it holds, the third else
 
     @classmethod
     def of(cls, reset_BT: Tensor) -> "Steps | None":
@@ -273,18 +291,19 @@ class Steps(NamedTuple):
         R, (B, T) = int(resets_B1.max()), reset_BT.shape
         if R == 0:
             return None
-        position_T, step_S = torch.arange(T, device=reset_BT.device), torch.arange(T + R, device=reset_BT.device)
-        place_BT = position_T + later_BT.cumsum(1)
-        source_BS = place_BT.new_full((B, T + R), T).scatter_(1, place_BT, position_T.expand(B, T))
-        read_BS, hold_BS = source_BS < T, step_S >= T + resets_B1
-        signals_BSI = F.pad(torch.stack([~read_BS & ~hold_BS, hold_BS, read_BS], -1), (0, SIGNALS - 3))
-        return cls(source_BS, place_BT, signals_BSI)
+        row_B, step_S = torch.arange(B, device=reset_BT.device), torch.arange(T + R, device=reset_BT.device)
+        place_BT = step_S[:T] + later_BT.cumsum(1)
+        position_BT = row_B[:, None] * T + step_S[:T]
+        source_BS = place_BT.new_full((B, T + R), B * T).scatter_(1, place_BT, position_BT)
+        read_BS, hold_BS = source_BS < B * T, step_S >= T + resets_B1
+        signals_SBI = torch.stack([~read_BS & ~hold_BS, hold_BS, read_BS], -1).transpose(0, 1)
+        place_N = (place_BT * B + row_B[:, None]).flatten()
+        return cls(source_BS.t().flatten(), place_N, F.pad(signals_SBI, (0, SIGNALS - 3)))
 
     def inputs(self, x_BTH: Tensor) -> Tensor:
-        """What the steps read: (B, S, H + SIGNALS)."""
-        padded_BTH = F.pad(x_BTH, (0, 0, 0, 1))
-        x_BSH = padded_BTH.gather(1, self.source_BS[..., None].expand(-1, -1, x_BTH.shape[-1]))
-        return torch.cat([x_BSH, self.signals_BSI.to(x_BSH.dtype)], -1)
+        """What the steps read: (S, B, H + SIGNALS)."""
+        x_nH = Rows.apply(x_BTH.flatten(0, 1), self.source_n, self.place_N)
+        return torch.cat([x_nH.view(*self.signals_SBI.shape[:2], -1), self.signals_SBI.to(x_nH.dtype)], -1)
 
     def weights_of_lstm(self, weights: list[Tensor]) -> list[Tensor]:
         """`weight_ih` with the columns of the signals; gates are stacked i, f, g, o."""
@@ -304,9 +323,10 @@ class Steps(NamedTuple):
         weight_GK = torch.cat([weight_GH, columns_3HI.flatten(0, 1)], 1)
         return [weight_GK, recurrent_GH, torch.cat([r_H, z_H, torch.zeros_like(n_H)]), recurrent_bias_G]
 
-    def at_positions(self, output_BSH: Tensor) -> Tensor:
-        """The outputs of the T positions."""
-        return output_BSH.gather(1, self.place_BT[..., None].expand(-1, -1, output_BSH.shape[-1]))
+    def at_positions(self, output_SBH: Tensor) -> Tensor:
+        """The outputs of the T positions, (B, T, H)."""
+        B, H = output_SBH.shape[1:]
+        return Rows.apply(output_SBH.flatten(0, 1), self.place_N, self.source_n).view(B, -1, H)
 
 
 def misread(cell: nn.LSTM | nn.GRU, x_BTH: Tensor) -> bool:
@@ -343,20 +363,20 @@ def run_fused(
     weights: list[Tensor] = [cell.get_parameter(name) for name in names]
     # One mask for all positions; F.dropout scales what it keeps by 1 / (1 - p).
     weights[1] = F.dropout(weights[1], dropout) if dropout else weights[1]
-    input_BSI = x_BTH
+    input_BTI = x_BTH
     if steps is not None:
-        input_BSI = steps.inputs(x_BTH)
+        input_BTI = steps.inputs(x_BTH)  # (S, B, I)
         weights = steps.weights_of_gru(weights) if gru else steps.weights_of_lstm(weights)
     elif widened:
-        input_BSI, weights[0] = F.pad(x_BTH, (0, SIGNALS)), F.pad(weights[0], (0, SIGNALS))
-    options = (True, 1, 0.0, cell.training, False, True)  # biases, 1 layer, no dropout between layers, ..., batch first
+        input_BTI, weights[0] = F.pad(x_BTH, (0, SIGNALS)), F.pad(weights[0], (0, SIGNALS))
+    options = (True, 1, 0.0, cell.training, False, steps is None)  # biases, 1 layer, no dropout, ..., batch first
     if gru:
-        output_BSH, *state_after = torch.gru(input_BSI, state[0], weights, *options)
+        output_BTH, *state_after = torch.gru(input_BTI, state[0], weights, *options)
     else:
-        output_BSH, *state_after = torch.lstm(input_BSI, state, weights, *options)
+        output_BTH, *state_after = torch.lstm(input_BTI, state, weights, *options)
     if steps is None:
-        return output_BSH, tuple(state_after)
-    output_BTH = steps.at_positions(output_BSH)
+        return output_BTH, tuple(state_after)
+    output_BTH = steps.at_positions(output_BTH)
     return output_BTH, (output_BTH[:, -1][None], *state_after[1:])
 
 

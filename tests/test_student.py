@@ -342,9 +342,9 @@ def test_one_run_forgets_in_the_middle(monkeypatch: pytest.MonkeyPatch):
     student.model.layers[0].lstm.register_forward_hook(lambda module, args, output: calls.append(args[0].shape[1]))
     student.model.layers = student.model.layers[:1]
 
-    def watched(input_BSI, *arguments):
-        calls.append(input_BSI.shape[1])
-        return lstm(input_BSI, *arguments)
+    def watched(input_SBI, *arguments):
+        calls.append(input_SBI.shape[0])
+        return lstm(input_SBI, *arguments)
 
     monkeypatch.setattr(torch, "lstm", watched)
     ids_BT, reset_BT, _ = packed_rows()  # documents begin at 0, 3, 4 in one row and at 0, 1, 6 in the other
