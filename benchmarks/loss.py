@@ -9,10 +9,11 @@ trained head is fp32; a frozen one, as in training, and the teacher's of a hidde
 *floor* is the matrix products alone, in that type: logits, gradient of the student's output, of a trained head, and the
 teacher's logits of a hidden signal.
 
-Every way of a case runs in turn within a repetition; medians are compared. Freed memory stays with the process, for all
-alike, as in a training run (`distill/job.py`). Memory is the peak resident set of a process of its own during one step,
-above what it held before, less the gradients that remain; it runs two steps before on 16 tokens, so that the libraries
-are loaded. Eager is measured where the machine has room.
+Every way of a case runs in turn within a repetition; the fastest are compared, as what else happens on a machine only
+adds to a time. Freed memory stays with the process, for all alike, as in a training run (`distill/job.py`). Memory is
+the peak resident set of a process of its own during one step, above what it held before, less the gradients that
+remain; it runs two steps before on 16 tokens, so that the libraries are loaded. Eager is measured where the machine has
+room.
 
 Legend: N tokens, V vocabulary, d width, K outcomes of a sparse signal.
 """
@@ -27,7 +28,6 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -129,7 +129,7 @@ def room_for(tokens: int, kind: str, share: float) -> bool:
 
 
 def time_case(tokens: int, trained: bool, kind: str, repeats: int) -> dict[str, Any]:
-    """Medians in milliseconds, and the speedup over the faster eager."""
+    """Milliseconds, the fastest of a few in turns, and the speedup over the faster eager."""
     case = Case(tokens, trained, kind)
     ways = WAYS if room_for(tokens, kind, 0.5) else ("fused",)  # what is freed here is kept, and in pieces
     calls: dict[str, Callable[[], None]] = {way: lambda way=way: case.step(way) for way in ways}  # type: ignore[misc]
@@ -141,7 +141,7 @@ def time_case(tokens: int, trained: bool, kind: str, repeats: int) -> dict[str, 
             if number:  # the first round fills caches and pages
                 found[name].append(elapsed)
     row: dict[str, Any] = {"tokens": tokens, "head": "trained" if trained else "frozen", "signal": kind}
-    row |= {f"{name.replace(' ', '_')}_ms": 1e3 * median(values) for name, values in found.items()}
+    row |= {f"{name.replace(' ', '_')}_ms": 1e3 * min(values) for name, values in found.items()}
     if ways == WAYS:
         row["speedup"] = min(row[f"{way.replace(' ', '_')}_ms"] for way in WAYS[:-1]) / row["fused_ms"]
     return row
@@ -186,7 +186,7 @@ def least(rows: Sequence[dict[str, Any]], **fields: Sequence[Any]) -> float | No
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="N", help="tokens of a step")
-    parser.add_argument("--repeats", type=int, default=3, metavar="R", help="repetitions; at 8,192 tokens one")
+    parser.add_argument("--repeats", type=int, default=5, metavar="R", help="repetitions; at 8,192 tokens one")
     parser.add_argument("--memory", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.memory:

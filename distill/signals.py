@@ -203,9 +203,8 @@ class Encoding:
 
 def top_k(logits_NV: Tensor, k: int, temperature: float) -> SparseSignal:
     """The k most probable outcomes and the mass of the others, from logits already divided by `temperature`."""
-    top_NK, ids_NK = largest(logits_NV, k)
-    total_N1 = (logits_NV - top_NK[:, :1]).exp_().sum(-1, keepdim=True)
-    probs_NK = (top_NK - top_NK[:, :1]).exp_() / total_N1
+    ids_NK = largest(logits_NV, k)[1]
+    probs_NK = torch.softmax(logits_NV, -1).gather(1, ids_NK)
     return SparseSignal(ids_NK, probs_NK, temperature, tail_N=(1 - probs_NK.sum(-1)).clamp_min(0))
 
 
@@ -219,16 +218,14 @@ def sample(logits_NV: Tensor, k: int, temperature: float, offsets_N: Tensor) -> 
     estimates less variance.
     """
     k = min(k, logits_NV.shape[-1])
-    highest_N1 = logits_NV.amax(-1, keepdim=True)
-    mass_NV = (logits_NV - highest_N1).exp_()
-    total_N1 = mass_NV.sum(-1, keepdim=True)
-    mean_logit_N = torch.linalg.vecdot(mass_NV, logits_NV) / total_N1[:, 0]
-    entropy_N = (highest_N1 + total_N1.log())[:, 0] - mean_logit_N
+    mass_NV = torch.softmax(logits_NV, -1)
     top_NK, ids_NK = largest(mass_NV, k)
+    log_total_N = logits_NV.gather(1, ids_NK[:, :1])[:, 0] - top_NK[:, 0].log()
+    entropy_N = log_total_N - torch.linalg.vecdot(mass_NV, logits_NV)
     # With m certain outcomes, the others get k - m draws of s = rest / (k - m) each. Take m as small as leaves every
     # other outcome at most one draw: the mass of the next one <= s.
     order_K = torch.arange(k, device=logits_NV.device)
-    rest_NK = (total_N1 - torch.cumsum(top_NK, -1) + top_NK).clamp_min(0)  # outside the first m, m = 0 ... k - 1
+    rest_NK = (1 - torch.cumsum(top_NK, -1) + top_NK).clamp_min(0)  # outside the first m, m = 0 ... k - 1
     enough_NK = top_NK * (k - order_K) <= rest_NK
     enough_NK[:, -1] = True
     certain_N1 = enough_NK.int().argmax(-1, keepdim=True)
@@ -239,12 +236,12 @@ def sample(logits_NV: Tensor, k: int, temperature: float, offsets_N: Tensor) -> 
     groups_NG = mass_NLG.sum(1).cumsum_(-1)
     spacing_N1 = groups_NG[:, -1:] / (k - certain_N1)
     group_NK, inside_NK = _find((order_K - certain_N1 + offsets_N[:, None]) * spacing_N1, groups_NG)
-    members_NKL = mass_NLG.transpose(1, 2).take_along_dim(group_NK[..., None], 1)
+    members_NKL = mass_NLG.transpose(1, 2).gather(1, group_NK[..., None].expand(-1, -1, LANES))
     place_NK1, _ = _find(inside_NK[..., None], members_NKL.cumsum_(-1))
     drawn_NK = (place_NK1[..., 0] * groups_NG.shape[-1] + group_NK).clamp_max(logits_NV.shape[-1] - 1)
     return SparseSignal(
         ids_NK=torch.where(is_certain_NK, ids_NK, drawn_NK),
-        probs_NK=torch.where(is_certain_NK, top_NK, spacing_N1) / total_N1,
+        probs_NK=torch.where(is_certain_NK, top_NK, spacing_N1),
         temperature=temperature,
         entropy_N=entropy_N,
     )
@@ -254,7 +251,7 @@ def largest(values_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """As `values_NV.topk(k)`: they stand in the k groups with the largest maxima, so few are sorted."""
     values_NLG = _grouped(values_NV, float("-inf"))
     groups_NK = values_NLG.amax(1).topk(min(k, values_NLG.shape[-1]), dim=-1, sorted=False).indices
-    members_NLK = values_NLG.take_along_dim(groups_NK[:, None], 2)
+    members_NLK = values_NLG.gather(2, groups_NK[:, None].expand(-1, LANES, -1))
     top_NK, place_NK = members_NLK.flatten(1).topk(k, dim=-1)
     lane_NK, group_NK = place_NK // groups_NK.shape[-1], place_NK % groups_NK.shape[-1]
     return top_NK, lane_NK * values_NLG.shape[-1] + groups_NK.gather(1, group_NK)
