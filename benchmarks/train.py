@@ -4,9 +4,9 @@
 
 Same teacher, student, text and batch everywhere, those of the quickstart. The naive loop is the one found in most
 tutorials: all logits of both models, `F.kl_div` of their log-softmaxes, backward, clip, AdamW. Ours is the step of
-`distill/train.py` itself. Cases take turns within one process, so that a busy machine slows all alike, and medians are
-compared; GKDTrainer, whose loop cannot be interleaved, has its own process and environment. Peak memory is that of a
-process which runs one case alone, from its first step on, models included.
+`distill/train.py` itself. Cases take turns of two seconds or a step within one process, so that a busy machine slows
+all alike, and medians of the turns are compared; GKDTrainer, whose loop cannot be interleaved, has its own process and
+environment. Peak memory is that of a process which runs one case alone, from its first step on, models included.
 
 Legend: B lanes, T block length, V vocabulary.
 """
@@ -92,7 +92,7 @@ def cases() -> list[Case]:
 
 @dataclass
 class Timing:
-    """Seconds of a case's steps after the warm-up, and the teacher's or cache's part of them."""
+    """Seconds a step of a case's turns after the warm-up, and the teacher's or cache's part of them."""
 
     seconds: list[float] = field(default_factory=list)
     teacher_seconds: list[float] = field(default_factory=list)
@@ -214,19 +214,21 @@ class Bench:
         return step
 
 
-def measure_times(bench: Bench, chosen: Sequence[Case], repeats: int) -> dict[Case, Timing]:
-    """Cases take turns; the first round is for warm-up."""
+def measure_times(bench: Bench, chosen: Sequence[Case], repeats: int, turn: float) -> dict[Case, Timing]:
+    """Cases take turns of so many seconds, or one step; the first round, of one step each, is for warm-up."""
     steps = {case: bench.step(case) for case in chosen}
     timings = {case: Timing() for case in chosen}
     for number in range(repeats + 1):
         for case, step in steps.items():
-            began = time.perf_counter()
-            teacher_seconds = step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+            teacher_seconds, taken, began = 0.0, 0, time.perf_counter()
+            while not taken or (number and time.perf_counter() - began < turn):
+                teacher_seconds += step()
+                taken += 1
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
             if number:
-                timings[case].seconds.append(time.perf_counter() - began)
-                timings[case].teacher_seconds.append(teacher_seconds)
+                timings[case].seconds.append((time.perf_counter() - began) / taken)
+                timings[case].teacher_seconds.append(teacher_seconds / taken)
     return timings
 
 
@@ -308,7 +310,7 @@ def benchmark(options: argparse.Namespace) -> None:
             return
         if not options.skip_trl and not TRL_PYTHON.is_file():
             raise UserError(f"expected TRL's environment at {TRL_PYTHON}, found none: make bench-train, or --skip-trl")
-        timings = measure_times(bench, cases(), options.repeats)
+        timings = measure_times(bench, cases(), options.repeats, options.turn)
         rows = {case.name: _row(timings[case], bench.tokens_per_step) for case in timings}
         trl_versions = None
         # Only now, so that no other process is around while times are taken.
@@ -319,7 +321,7 @@ def benchmark(options: argparse.Namespace) -> None:
         gc.collect()
         if not options.skip_trl:
             for freeze in (FROZEN, ()):
-                found = measure_trl(bench, TRL_PYTHON, max(3, options.repeats // 2), freeze)
+                found = measure_trl(bench, TRL_PYTHON, max(5, options.repeats), freeze)
                 name = f"TRL GKDTrainer, online: forward_kl, {'frozen' if freeze else 'trained'} head"
                 rows[name] = {
                     **_row(Timing([found["seconds_per_step"]]), bench.tokens_per_step),
@@ -340,7 +342,7 @@ def _row(timing: Timing, tokens: int) -> dict[str, Any]:
         "teacher_ms_per_step": None if teacher is None else teacher * 1000,
         "fastest_ms": min(timing.seconds) * 1000,
         "slowest_ms": max(timing.seconds) * 1000,
-        "steps": len(timing.seconds),
+        "turns": len(timing.seconds),
     }
 
 
@@ -376,7 +378,8 @@ def _report(bench: Bench, rows: dict[str, dict[str, Any]], trl_versions: dict[st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = recipe_parser("train", __doc__)
-    parser.add_argument("--repeats", type=int, default=4, help="timed steps of each case")
+    parser.add_argument("--repeats", type=int, default=4, help="timed turns of each case")
+    parser.add_argument("--turn", type=float, default=2.0, metavar="SECONDS", help="length of a turn, if not one step")
     parser.add_argument("--skip-trl", action="store_true", help="without GKDTrainer, which needs its own environment")
     parser.add_argument("--skip-memory", action="store_true", help="without a process for each case's peak memory")
     parser.add_argument("--peak-of", metavar="CASE", help="only print this case's peak memory")

@@ -29,7 +29,7 @@ def last_line(output: str) -> dict:
 
 
 def test_bench_train_times_every_case_and_reports_its_ratios(world: World, tmp_path: Path) -> None:
-    arguments = ["--recipe", str(world.recipe), "--repeats", "2", "--skip-trl", "--skip-memory", *TINY]
+    arguments = ["--recipe", str(world.recipe), "--repeats", "2", "--turn", "0", "--skip-trl", "--skip-memory", *TINY]
     found = run_command(*arguments, launcher=("-m", "benchmarks.train"), cwd=tmp_path)
     assert found.returncode == 0, found.stderr
     result = last_line(found.stdout)
@@ -37,7 +37,7 @@ def test_bench_train_times_every_case_and_reports_its_ratios(world: World, tmp_p
     rows = result["rows"]
     assert list(rows) == [case.name for case in train.cases()]
     for row in rows.values():
-        assert row["steps"] == 2 and row["tokens_per_second"] == pytest.approx(64 / row["ms_per_step"] * 1000)
+        assert row["turns"] == 2 and row["tokens_per_second"] == pytest.approx(64 / row["ms_per_step"] * 1000)
     ms = {name: row["ms_per_step"] for name, row in rows.items()}
     naive = min(
         value for name, value in ms.items() if name.startswith("naive, online: forward_kl") and "frozen" in name
