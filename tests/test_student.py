@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from distill.student import LSTMCache, LSTMConfig, LSTMForCausalLM, LSTMModel
+from distill.student import LSTMCache, LSTMConfig, LSTMForCausalLM, LSTMModel, Rows
 
 V, D, H, L = 29, 8, 16, 2
 TIGHT = {"rtol": 0.0, "atol": 1e-11}
@@ -354,6 +354,19 @@ def test_one_run_forgets_in_the_middle(monkeypatch: pytest.MonkeyPatch):
         calls.clear()
         student(ids_BT, reset_mask=mask)
         assert calls == [expected]
+
+
+def test_picked_rows_are_those_of_an_index_and_so_are_their_gradients():
+    """Row 1 goes nowhere, and place 2 is of no row."""
+    x_nH = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    source_m, place_n = torch.tensor([3, 0, 4, 2]), torch.tensor([1, 4, 3, 0])
+    padded_nH = torch.cat([x_nH, torch.zeros(1, 3)])
+    picked_mH = Rows.apply(x_nH, source_m, place_n)
+    assert picked_mH.equal(padded_nH[source_m])
+    weight_mH = torch.randn(4, 3, dtype=torch.float64)
+    found, expected = (torch.autograd.grad(y, x_nH, weight_mH)[0] for y in (picked_mH, padded_nH[source_m]))
+    assert found.equal(expected)
+    assert torch.autograd.gradgradcheck(lambda x: Rows.apply(x, source_m, place_n) ** 2, x_nH)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
