@@ -86,7 +86,7 @@ def benchmark(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = recipe_parser("ablation", __doc__)
+    parser = recipe_parser("ablation", __doc__, "quickstart")
     parser.add_argument("--minutes", type=float, default=1.0, help="training time of each variant")
     parser.add_argument(
         "--candidates", type=int, help="of the stage (default: those of the recipe's first that has some)"

@@ -41,7 +41,7 @@ STUDENT_TOKENS = 65_536
 
 
 class Bench:
-    """The quickstart's teacher and its first training blocks."""
+    """The recipe's teacher and its first training blocks."""
 
     def __init__(self, recipe_name: str, overrides: Sequence[str], tokens: int) -> None:
         self.recipe = load_recipe(recipe_name, [*overrides, "tracking=none"])
@@ -184,7 +184,7 @@ def benchmark(options: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = recipe_parser("cache", __doc__)
+    parser = recipe_parser("cache", __doc__, "frontier")
     parser.add_argument("--tokens", type=int, default=8_192, help="tokens of each cache")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--skip-students", action="store_true", help="without the two training runs")

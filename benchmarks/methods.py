@@ -287,8 +287,7 @@ def _interval(found: Sequence[dict[str, Any]], key: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = recipe_parser("methods", __doc__)
-    parser.set_defaults(recipe=str(RECIPE))
+    parser = recipe_parser("methods", __doc__, "frontier")
     parser.add_argument("--total", type=float, default=90.0, help="minutes that all of it may take (90)")
     parser.add_argument("--minutes", type=float, help="training time of each row, instead of what --total leaves")
     parser.add_argument("--seeds", type=int, help="of each row (one; three of the two rows to compare with)")

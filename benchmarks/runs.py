@@ -15,14 +15,14 @@ from distill.config import UserError
 from distill.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
-QUICKSTART = str(ROOT / "recipes" / "quickstart.yaml")
+RECIPES = ROOT / "recipes"
 
 
-def recipe_parser(name: str, doc: str) -> argparse.ArgumentParser:
-    """The command line of `benchmarks.NAME`, with the recipe and its overrides."""
+def recipe_parser(name: str, doc: str, recipe: str) -> argparse.ArgumentParser:
+    """The command line of `benchmarks.NAME`, with a recipe of ours, unless another is given, and its overrides."""
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=doc.splitlines()[0])
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a field of the recipe")
-    parser.add_argument("--recipe", default=QUICKSTART)
+    parser.add_argument("--recipe", default=str(RECIPES / f"{recipe}.yaml"))
     return parser
 
 

@@ -256,7 +256,7 @@ def rss_growth() -> float | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = recipe_parser("scaling", __doc__)
+    parser = recipe_parser("scaling", __doc__, "frontier")
     parser.add_argument("--repeats", type=int, default=5, help="rounds")
     parser.add_argument("--steps", type=int, default=8, help="training steps in a turn")
     parser.add_argument("--tokens", type=int, default=SHARD_TOKENS, help="tokens of a cache for each process")

@@ -377,7 +377,7 @@ def _report(bench: Bench, rows: dict[str, dict[str, Any]], trl_versions: dict[st
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = recipe_parser("train", __doc__)
+    parser = recipe_parser("train", __doc__, "frontier")
     parser.add_argument("--repeats", type=int, default=4, help="timed turns of each case")
     parser.add_argument("--turn", type=float, default=2.0, metavar="SECONDS", help="length of a turn, if not one step")
     parser.add_argument("--skip-trl", action="store_true", help="without GKDTrainer, which needs its own environment")

@@ -110,7 +110,7 @@ class RunConfig(Section):
     checkpoint_every: Length = Length(minutes=5)
     """Interval between checkpoints. A stage's end, SIGTERM and Ctrl-C save too."""
     keep_checkpoints: Positive = 2
-    """Latest checkpoints kept; the best one by validation loss is kept besides."""
+    """Latest checkpoints kept; the best of the stage by validation loss is kept besides."""
     threads: Positive | None = None
     """CPU threads per process. Default: the cores that this job may use, shared by its processes on the machine."""
 
@@ -472,7 +472,8 @@ TokenWeights = Literal["none", "teacher_entropy", "teacher_confidence", "student
 
 class StageConfig(Section):
     """One stage of training. Stages run in order; each has a fresh optimizer and its own schedule. The data position
-    and the carried LSTM state go on."""
+    and the carried LSTM state go on. A stage goes on from the end of the one before, and what is kept of the last one are
+    its best weights by validation loss."""
 
     name: str | None = None
     """Name in logs and curves. Default: the objective's terms."""

@@ -112,7 +112,7 @@ class Loop:
     # ---------------------------------------------------------------- the whole training
 
     def run(self) -> Progress:
-        """Train through all stages, from the newest checkpoint if there is one; the best weights end up in the student.
+        """Train through all stages, from the newest checkpoint if there is one; the last one's best weights are the student's.
 
         Raises Interrupted after a saved stop, UserError for what the user can mend.
         """
@@ -178,6 +178,8 @@ class Loop:
         progress.stage, progress.stale = progress.stage + 1, 0
         progress.stage_start = Clock(**asdict(progress.now))
         progress.done = progress.stage == len(self.stages)
+        if not progress.done:
+            progress.best_nll_nats = None  # what a later stage is for may cost validation loss
         self._save(None)
 
     @contextmanager
@@ -233,7 +235,7 @@ class Loop:
         )
 
     def _validate(self, stage: StageConfig) -> None:
-        """Validate, keep the point, and keep the weights if they are the best so far."""
+        """Validate, keep the point, and keep the weights if they are the best of the stage so far."""
         progress, now = self.progress, self.progress.now
         self.student.eval()
         score = self.validate(self.student)

@@ -189,13 +189,12 @@ def _is_readable(path: Path) -> bool:
 def compare(student: Points, control: Points) -> dict[str, Any]:
     """What distillation gained over the control, from the validation curves of both.
 
-    `distillation_gain_nats`: the control's best loss minus the student's. `time_to_control_loss`: training
-    seconds until the student's curve was first at or below the control's best loss, over the seconds the
+    `distillation_gain_nats`: the loss of the control's kept weights minus the student's. `time_to_control_loss`: training
+    seconds until the student's curve was first at or below the control's loss, over the seconds the
     control needed for it; None if it never was. `at_equal_tokens`: both losses at the largest number of
     tokens that both curves reach, linearly interpolated between validations.
     """
-    best_control = min(control, key=lambda point: point["nll_nats"])
-    best_student = min(student, key=lambda point: point["nll_nats"])
+    best_control, best_student = best_point(control), best_point(student)
     reached = first_crossing(student, best_control["nll_nats"])
     tokens = min(student[-1]["tokens"], control[-1]["tokens"])
     at_tokens = {
@@ -210,6 +209,11 @@ def compare(student: Points, control: Points) -> dict[str, Any]:
             **{f"{name}_nll_nats": value for name, value in at_tokens.items()},
         },
     }
+
+
+def best_point(points: Points) -> dict[str, Any]:
+    """The validation whose weights were kept: of the last stage's, the one with the least loss."""
+    return min((point for point in points if point["stage"] == points[-1]["stage"]), key=lambda point: point["nll_nats"])
 
 
 def first_crossing(points: Points, target: float) -> float | None:

@@ -142,7 +142,7 @@ def test_a_process_that_fails_is_quoted(world: World, tmp_path: Path) -> None:
 def points(*losses: float) -> list[dict]:
     """A curve with a validation every ten seconds and hundred tokens."""
     return [
-        {"seconds": 10.0 * n, "tokens": 100 * n, "nll_nats": loss, "kl_to_teacher_nats": loss - 2}
+        {"stage": 0, "seconds": 10.0 * n, "tokens": 100 * n, "nll_nats": loss, "kl_to_teacher_nats": loss - 2}
         for n, loss in enumerate(losses, 1)
     ]
 

@@ -93,7 +93,7 @@ def test_eval_perplexity_of_a_text_file(world: World, tmp_path: Path) -> None:
 
 def test_comparison_of_two_curves() -> None:
     """Losses on straight lines, so that every figure can be worked out by hand."""
-    point = lambda seconds, tokens, nll: {"seconds": seconds, "tokens": tokens, "nll_nats": nll}  # noqa: E731
+    point = lambda seconds, tokens, nll: {"stage": 0, "seconds": seconds, "tokens": tokens, "nll_nats": nll}  # noqa: E731
     student = [point(0.0, 0, 10.0), point(10.0, 100, 6.0), point(20.0, 200, 5.0)]
     control = [point(0.0, 0, 10.0), point(20.0, 400, 8.0)]
     compared = compare(student, control)
@@ -113,7 +113,22 @@ def test_early_stopping_ends_a_stage(world: World, tmp_path: Path) -> None:
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     steps = [(p["stage"], p["step"]) for p in result_of(tmp_path / "tiny")["curves"]["student"]]
-    assert steps == [(0, 1), (0, 2), (0, 3), (1, 4), (1, 5)]
+    assert steps == [(0, 1), (0, 2), (0, 3), (1, 4), (1, 5), (1, 6)]
+
+
+def test_the_last_stage_decides_what_is_kept(world: World, tmp_path: Path) -> None:
+    """A last stage that makes the loss worse is still what was asked for; of its validations the best one counts."""
+    run = run_command(
+        str(world.recipe), f"run.output_dir={tmp_path}", "evaluation.every.steps=2", "stages.0.length={steps: 4}",
+        "stages.1.length={steps: 4}", "stages.1.learning_rate=1.0",
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    result = result_of(tmp_path / "tiny")
+    losses = {stage: [p["nll_nats"] for p in result["curves"]["student"] if p["stage"] == stage] for stage in (0, 1)}
+    assert min(losses[0]) < min(losses[1]) < losses[1][-1]
+    assert result["student"]["nll_nats"] == pytest.approx(min(losses[1]))
+    gain = result["control"]["nll_nats"] - result["student"]["nll_nats"]
+    assert result["distillation_gain_nats"] == pytest.approx(gain)
 
 
 def test_model_card_says_what_was_measured(run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
