@@ -10,8 +10,8 @@ the building of cached targets counted in; those from random weights have the co
     control, sampled         the same over candidates (`control.candidates`), which is cheaper
     KL, random weights       forward KL to the live teacher over the whole vocabulary, no transplant
 
-The short ones are run once for each seed, the sampled control with the first alone; the long one has one seed, twice the
-time, and ours and its control alone. Ratios compare medians over seeds.
+The short ones are run once for each seed, the sampled control with the first alone; the long one has one seed, twice
+the time, and ours and its control alone. Ratios compare medians over seeds.
 """
 
 from __future__ import annotations

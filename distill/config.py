@@ -471,9 +471,9 @@ TokenWeights = Literal["none", "teacher_entropy", "teacher_confidence", "student
 
 
 class StageConfig(Section):
-    """One stage of training. Stages run in order; each has a fresh optimizer and its own schedule. The data position
-    and the carried LSTM state go on. A stage goes on from the end of the one before, and what is kept of the last one are
-    its best weights by validation loss."""
+    """One stage of training. Stages run in order; each has a fresh optimizer and its own schedule. Weights, data
+    position and carried LSTM state go on from the end of the stage before. The student is the last stage's best by
+    validation loss."""
 
     name: str | None = None
     """Name in logs and curves. Default: the objective's terms."""

@@ -112,7 +112,7 @@ class Loop:
     # ---------------------------------------------------------------- the whole training
 
     def run(self) -> Progress:
-        """Train through all stages, from the newest checkpoint if there is one; the last one's best weights are the student's.
+        """Train through all stages, from the newest checkpoint if there is one; the last one's best weights are kept.
 
         Raises Interrupted after a saved stop, UserError for what the user can mend.
         """

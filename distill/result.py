@@ -189,10 +189,10 @@ def _is_readable(path: Path) -> bool:
 def compare(student: Points, control: Points) -> dict[str, Any]:
     """What distillation gained over the control, from the validation curves of both.
 
-    `distillation_gain_nats`: the loss of the control's kept weights minus the student's. `time_to_control_loss`: training
-    seconds until the student's curve was first at or below the control's loss, over the seconds the
-    control needed for it; None if it never was. `at_equal_tokens`: both losses at the largest number of
-    tokens that both curves reach, linearly interpolated between validations.
+    `distillation_gain_nats`: the loss of the control's kept weights minus that of the student's.
+    `time_to_control_loss`: training seconds until the student's curve was first at or below the control's loss, over
+    the seconds the control needed for it; None if it never was. `at_equal_tokens`: both losses at the largest number
+    of tokens that both curves reach, linearly interpolated between validations.
     """
     best_control, best_student = best_point(control), best_point(student)
     reached = first_crossing(student, best_control["nll_nats"])
@@ -213,7 +213,8 @@ def compare(student: Points, control: Points) -> dict[str, Any]:
 
 def best_point(points: Points) -> dict[str, Any]:
     """The validation whose weights were kept: of the last stage's, the one with the least loss."""
-    return min((point for point in points if point["stage"] == points[-1]["stage"]), key=lambda point: point["nll_nats"])
+    last = points[-1]["stage"]
+    return min((point for point in points if point["stage"] == last), key=lambda point: point["nll_nats"])
 
 
 def first_crossing(points: Points, target: float) -> float | None:
