@@ -2,9 +2,9 @@
 
     make bench-cells          or:  python -m benchmarks.cells --repeats 7
 
-The body is everything between embedding and head. A training step reads the quickstart's shape of a batch, 16 lanes of
-128 tokens, with a document's start in every lane, and goes back; a decoding step reads one token in one sequence. Ways
-take turns within a repetition, medians are compared. `state` is what a sequence leaves behind.
+The body is everything between embedding and head. A training step reads 16 lanes of 128 tokens, with a document's start
+in every lane, and goes back; a decoding step reads one token in one sequence. Ways take turns within a repetition,
+medians are compared. `state` is what a sequence leaves behind.
 
 Of recurrences that are not offered, as bare layers beside a bare nn.LSTM: one with `proj_size`, which has no fast
 kernel on a CPU, and one with a narrower residual stream around it (`proj after`).

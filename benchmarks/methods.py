@@ -2,12 +2,12 @@
 
     make bench-methods          or, in half an hour:  python -m benchmarks.methods --total 30 --skip-best
 
-Every row of `METHODS` is the recipe (recipes/frontier.yaml: the quickstart with a cache of the teacher, here of fewer
-tokens) with other fields. The cache is built once. The wall time of all rows is the same: those that read the cache
-train as long as its building left them, those that do not train so much longer, and where the teacher writes text that
-is counted in. `s` in the table is what it came to. `--total` is what the whole command may take; what is left of it
-beside the cache and `best` is divided among the rows, so that a slower machine trains each for a shorter time, and the
-table says for how long. `--minutes` says it instead.
+Every row of `METHODS` is the recipe (recipes/frontier.yaml: the quickstart's models and text, in blocks of 128 and with
+a cache of the teacher, here of fewer tokens) with other fields. The cache is built once. The wall time of all rows is
+the same: those that read the cache train as long as its building left them, those that do not train so much longer, and
+where the teacher writes text that is counted in. `s` in the table is what it came to. `--total` is what the whole
+command may take; what is left of it beside the cache and `best` is divided among the rows, so that a slower machine
+trains each for a shorter time, and the table says for how long. `--minutes` says it instead.
 
 Losses compare per token where the tokens are the same, and per byte everywhere; intervals are bootstraps over
 documents, and the two rows that others are compared with have three seeds, which show what a seed changes. Rows that

@@ -10,9 +10,10 @@ waited for the slower of them: memory, caches and clock are shared, and no core 
 
 All processes are started once and take turns of a few seconds, those whose turn it is not sleep, and each round of
 turns is compared within itself: speeds of a machine that others share change from minute to minute. The medians of
-these ratios are given. Teacher, text and student are the quickstart's; the stage trained is forward KL to cached
-hidden states over the recipe's candidates, all collectives of a step included. A cache is timed from an empty folder
-to the checked manifest, and has a whole shard for each process, because a shard is what the work is shared out in.
+these ratios are given. Teacher, text and student are those of recipes/frontier.yaml; the stage trained is forward KL to
+cached hidden states over the recipe's candidates, all collectives of a step included. A cache is timed from an empty
+folder to the checked manifest, and has a whole shard for each process, because a shard is what the work is shared out
+in.
 
 `rss_growth_2gb` is measured by `make bench-streaming` and taken from runs/bench/streaming.json, where there is one.
 """
