@@ -2,8 +2,8 @@
 
     make bench-train          or, without TRL's environment:  python -m benchmarks.train --skip-trl
 
-Same teacher, student, text and batch everywhere, those of recipes/frontier.yaml. The naive loop is the one found in most
-tutorials: all logits of both models, `F.kl_div` of their log-softmaxes, backward, clip, AdamW. Ours is the step of
+Same teacher, student, text and batch everywhere, those of recipes/frontier.yaml. The naive loop is the one found in
+most tutorials: all logits of both models, `F.kl_div` of their log-softmaxes, backward, clip, AdamW. Ours is the step of
 `distill/train.py` itself. Cases take turns of two seconds or a step within one process, so that a busy machine slows
 all alike, and medians of the turns are compared; GKDTrainer, whose loop cannot be interleaved, has its own process and
 environment. Peak memory is that of a process which runs one case alone, from its first step on, models included.
