@@ -105,7 +105,7 @@ bench-streaming: install  ## memory and time over 10 MB to 2 GB of text, and ove
 bench-ablation: install  ## what each part of the student's initialisation is worth
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.ablation $(ARGS)
 
-bench-quality: install  ## validation loss at equal wall time: ours, control, KL without transplant; up to an hour
+bench-quality: install  ## validation loss at equal wall time: ours, control, KL without transplant; 70 minutes
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m benchmarks.quality $(ARGS)
 
 bench-methods: install  ## what each method and each kind of student buys, and recipes/best.yaml; up to 90 minutes
