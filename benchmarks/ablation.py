@@ -47,7 +47,8 @@ def benchmark(options: argparse.Namespace) -> None:
             "length": {"minutes": options.minutes},
         }  # fmt: skip
         common = ["control=false", f"stages=[{json.dumps(stage)}]", f"evaluation.every.minutes={options.minutes / 4}"]
-        results[name] = run_recipe("ablation", str(number), options.recipe, [*common, *overrides, *options.overrides])
+        words = [*common, *overrides, *options.overrides]
+        results[name] = run_recipe("ablation", f"variant-{number}", options.recipe, words)
     curves = {name: result["curves"]["student"] for name, result in results.items()}
     tokens = min(points[-1]["tokens"] for points in curves.values())
     rows: list[dict[str, Any]] = []

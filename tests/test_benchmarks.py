@@ -174,7 +174,8 @@ def test_bench_ablation_by_hand(
     """Equal tokens are the fewest of any variant; a loss between two validations is interpolated."""
 
     def fake(benchmark: str, name: str, recipe: str, overrides: list[str]) -> dict:
-        curve = points(6, 5) if name == "0" else points(6, 5, 4, 3)
+        load_recipe(recipe, [f"run.name={name}", *overrides])  # as the run would
+        curve = points(6, 5) if name == "variant-0" else points(6, 5, 4, 3)
         student = {"bits_per_byte": curve[-1]["nll_nats"] / 3, "nll_nats": curve[-1]["nll_nats"], "parameters": 1000}
         return {"curves": {"student": curve}, "student": student, "teacher": {"bits_per_byte": 0.9}}
 
