@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import FOLDER, finish, print_table
-from benchmarks.runs import ROOT, recipe_parser, run_recipe, run_tool
+from benchmarks.runs import RECIPES, recipe_parser, run_recipe, run_tool
 from distill.command import guarded
 from distill.config import UserError
 from distill.recipe import load_recipe
 from eval.agreement import main as agreement
 from eval.command import read_results
 
-RECIPE, BEST = ROOT / "recipes" / "frontier.yaml", ROOT / "recipes" / "best.yaml"
+BEST = RECIPES / "best.yaml"
 CACHE = "targets.max_tokens=40000"  # a third of a minute, and more than half a minute of soft targets reads
 BEST_MINUTES = 60.0  # recipes/best.yaml, cache included
 OVERHEAD_MINUTES = 0.75  # of a run: start, loading, validation, decoding, result, and its share of eval.agreement

@@ -16,7 +16,7 @@ from conftest import World, run_command
 from test_student import make_student
 
 from benchmarks import ablation, decode_stream, methods, quality, runtimes, scaling, train
-from benchmarks.runs import run_tool
+from benchmarks.runs import RECIPES, run_tool
 from distill.config import UserError
 from distill.quantise import two_step_head
 from distill.recipe import load_recipe
@@ -192,7 +192,7 @@ def test_bench_ablation_by_hand(
 def test_every_method_is_a_recipe(name: str) -> None:
     """Of the length that was asked for; what reads no cache builds none."""
     method = methods.METHODS[name]
-    recipe = load_recipe(str(methods.RECIPE), method.overrides(2.0, cached=True))
+    recipe = load_recipe(str(RECIPES / "frontier.yaml"), method.overrides(2.0, cached=True))
     assert sum(stage.length.minutes or 0 for stage in recipe.stages) == pytest.approx(2.0)
     assert recipe.targets.cache == (any(stage.needs_teacher for stage in recipe.stages) and not method.live)
 
@@ -223,7 +223,7 @@ def test_bench_methods_by_hand(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(methods, "run_recipe", fake)
     monkeypatch.setattr(methods, "run_tool", tool)
-    monkeypatch.setattr(methods, "BEST", methods.RECIPE)
+    monkeypatch.setattr(methods, "BEST", RECIPES / "frontier.yaml")
     chosen = ["--only", "GRU", "KL alone", "live", "written by"]
     assert methods.main(["--seeds", "3", "--minutes", "1", *chosen]) == 0
     output = capsys.readouterr().out
