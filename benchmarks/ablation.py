@@ -40,6 +40,8 @@ VARIANTS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # overrides, w
 def benchmark(options: argparse.Namespace) -> None:
     """Run what is missing, then the table."""
     candidates = options.candidates
+    if candidates is None:
+        candidates = candidates_of(options.recipe, options.overrides)
     results = {}
     for number, (name, (overrides, frozen)) in enumerate(VARIANTS.items()):
         stage = {
@@ -93,8 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--candidates", type=int, help="of the stage (default: those of the recipe's first that has some)"
     )
     options = parser.parse_intermixed_args(arguments)
-    if options.candidates is None:
-        options.candidates = candidates_of(options.recipe, options.overrides)
     return guarded(lambda: benchmark(options))
 
 

@@ -184,6 +184,7 @@ def test_bench_ablation_by_hand(
     assert ablation.main(["--recipe", str(world.recipe)]) == 0
     result = last_line(capsys.readouterr().out)
     assert result["equal_tokens"] == 200 and len(result["rows"]) == len(ablation.VARIANTS)
+    assert ablation.main(["--recipe", "no-such.yaml"]) == 2
     assert result["rows"][1]["bits_per_byte"] == pytest.approx(1.0)
     assert result["rows"][1]["bits_per_byte_at_equal_tokens"] == pytest.approx(5 / 3)
 
